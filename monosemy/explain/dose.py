@@ -1,0 +1,421 @@
+"""How strongly must a latent be added, before the text turns towards its label and while it still reads well?
+
+1. Candidates: of the latents with certain labels, those of the highest *output score*: added for one token, which of
+   them makes a word that it fires on likeliest? A latent that reads a concept need not write it (Arad, Mueller and
+   Belinkov 2025, arXiv 2505.20063).
+2. Each is added at several strengths, in units of its own largest activation, while neutral prompts are continued.
+3. The plain model reads each text once more. *Effect*: does the text contain a word that the latent fires on, and how strongly does
+   the latent itself fire on it, now without steering? *Fluency*: cross-entropy of the text under the plain model, and
+   the share of its word pairs that are not repetitions.
+4. Chosen is the latent and strength with the largest effect among those whose text stays fluent: cross-entropy at most
+   `MAX_LOSS_RISE` nats above the plain completions', and at least `MIN_DISTINCT` of word pairs distinct.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow
+import torch
+from jaxtyping import Int
+
+from monosemy.artifact import Draft, Manifest, read_manifest, to_json, unrecorded, write_table, write_text
+from monosemy.explain.lexicon import GENERIC
+from monosemy.latents.labels import Label, open_labels
+from monosemy.latents.record import Index, open_index
+from monosemy.llm.checkpoint import load_model
+from monosemy.llm.generate import SamplingSettings, generate
+from monosemy.llm.llama import Llama
+from monosemy.llm.sites import Site, Taps
+from monosemy.runtime import DtypeName, InputError, Progress, random_stream
+from monosemy.sae.autoencoder import SAE, load_sae
+from monosemy.sae.evaluate import check_fits
+from monosemy.steer import Addition, Edit, addition_edit, vector_edit
+
+MAX_LOSS_RISE = 1.0
+"""Nats per token that a steered text may cost the plain model above plain text."""
+
+MIN_DISTINCT = 0.85
+"""Share of a text's word pairs that must be distinct, as a mean over prompts."""
+
+MIN_CERTAINTY = 0.5
+"""Certainty of a label from which on its latent is worth trying."""
+
+MAX_SCREENED = 800
+"""Latents whose output score is measured, at most: the most certain ones."""
+
+SCREEN_FRACTION = 1.0
+"""Strength at which it is measured, in units of the largest activation."""
+
+NEUTRAL_PROMPTS = (
+    "I think that",
+    "Last week, my neighbor told me about",
+    "The most important thing is",
+    "Yesterday morning I went to",
+    "My friend said that",
+    "The story begins with",
+)
+"""Beginnings that lead nowhere in particular."""
+
+MIN_LIFT = 20.0
+"""How many times more frequent than in the text a word must be where a latent fires, to stand for its concept."""
+
+WORD = re.compile(r"[a-z](?:[a-z'-]|\.(?=[a-z]))+\.?")
+"""A word of two letters or more, or an abbreviation such as u.n., in lower case."""
+
+
+@dataclass(frozen=True)
+class DoseConfig:
+    """Find the strength at which steering works: effect and fluency for several latents and strengths."""
+
+    sae: Path = unrecorded()
+    """SAE, made by `monosemy train`."""
+    index: Path = unrecorded()
+    """Index of its latents."""
+    labels: Path = unrecorded()
+    """Labels, made by `monosemy explain`."""
+    out: Path = unrecorded()
+    """Folder for the results."""
+    model: str = unrecorded("smollm2")
+    """The model the SAE was trained on."""
+    latents: tuple[int, ...] = ()
+    """Latents to try; none given: the most promising ones."""
+    n_candidates: int = 10
+    """How many latents to try where none are given."""
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    """Strengths to try, in units of the latent's largest activation."""
+    prompts: tuple[str, ...] = NEUTRAL_PROMPTS
+    """Texts to continue."""
+    max_new_tokens: int = 32
+    """Tokens per completion."""
+    temperature: float = 0.7
+    """Randomness of the choice of tokens."""
+    top_p: float = 0.9
+    """Draw only from the likeliest tokens that together have this probability."""
+    seed: int = 42
+    """Seed of the sampling."""
+    dtype: DtypeName = "auto"
+    """Arithmetic of the model."""
+    batch_size: int = unrecorded(120)
+    """Completions written side by side."""
+
+    def __post_init__(self) -> None:
+        if not self.strengths or not self.prompts:
+            raise InputError("give at least one strength and one prompt")
+        if self.n_candidates < 1 or self.batch_size < 1:
+            raise InputError(f"n_candidates is {self.n_candidates}, batch_size {self.batch_size}; expected at least 1")
+        self.sampling()
+
+    def sampling(self) -> SamplingSettings:
+        return SamplingSettings(self.max_new_tokens, self.temperature, self.top_p, self.seed)
+
+
+class Candidate(NamedTuple):
+    """A latent to try."""
+
+    latent: int
+    label: str
+    words: tuple[str, ...]
+    """Words that stand for its concept, lower case; the effect is that a text contains one."""
+    max_activation: float
+
+
+class Trial(NamedTuple):
+    """One completion."""
+
+    latent: int
+    fraction: float
+    """Strength in units of the latent's largest activation."""
+    strength: float
+    """Strength in units of activation."""
+    prompt: str
+    text: str
+    mentions: bool
+    """Whether the text contains a word of the concept."""
+    read_back: float
+    """The latent's largest activation on the text, read without steering, in units of its largest in the index."""
+    loss: float
+    """Cross-entropy of the text under the plain model, nats per token."""
+    distinct: float
+    """Share of its word pairs that are distinct."""
+
+
+@dataclass(frozen=True)
+class Dose:
+    """What one strength of one latent does, as means over the prompts."""
+
+    latent: int
+    label: str
+    fraction: float
+    strength: float
+    effect: float
+    """Share of texts that contain a word of the concept."""
+    plain_effect: float
+    """The same for the plain model."""
+    read_back: float
+    loss_rise: float
+    """Cross-entropy above that of the plain completions, nats per token."""
+    distinct: float
+
+    @property
+    def fluent(self) -> bool:
+        return self.loss_rise <= MAX_LOSS_RISE and self.distinct >= MIN_DISTINCT
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choice.json` holds: every dose, the chosen one, and its texts beside the plain ones."""
+
+    doses: list[Dose]
+    chosen: Dose
+    fluent: bool
+    """False where no dose was fluent and the least harmful one was taken."""
+    examples: list[tuple[str, str, str]]
+    """(prompt, plain completion, steered completion)."""
+
+
+def run(config: DoseConfig) -> Manifest:
+    """Make the dose artifact `config.out`."""
+    sae, index, labels = load_sae(config.sae), open_index(config.index), open_labels(config.labels)
+    model = load_model(config.model, config.dtype)
+    check_fits(sae, model)
+    parents = {name: read_manifest(getattr(config, name), name).digest for name in ("sae", "index", "labels")}
+    with Draft(config.out, "dose", config, parents | {"model": model.fingerprint}) as draft:
+        if draft.complete:
+            return read_manifest(config.out, "dose")
+        candidates = choose_candidates(model, sae, index, labels, config)
+        trials = _run_trials(model, sae, candidates, config)
+        write_table(draft.path / "dose.parquet", pyarrow.Table.from_pylist([trial._asdict() for trial in trials]))
+        write_text(draft.path / "choice.json", to_json(choose_dose(trials, candidates)))
+        return draft.commit({"completions": len(trials)})
+
+
+def load_choice(path: Path) -> Choice:
+    """What the dose artifact in folder `path` chose."""
+    read_manifest(path, "dose")
+    content = json.loads((path / "choice.json").read_text(encoding="utf-8"))
+    return Choice(
+        doses=[Dose(**dose) for dose in content["doses"]],
+        chosen=Dose(**content["chosen"]),
+        fluent=content["fluent"],
+        examples=[tuple(example) for example in content["examples"]],
+    )
+
+
+def concept_words(label: Label) -> tuple[str, ...]:
+    """The telling words a latent fires on, lower case: those that are much more frequent there than in the text."""
+    words = [entry["word"].lower() for entry in label.evidence["words"] if entry["lift"] >= MIN_LIFT]
+    return tuple(dict.fromkeys(word for word in words if WORD.fullmatch(word) and word not in GENERIC))
+
+
+def choose_candidates(
+    model: Llama, sae: SAE, index: Index, labels: Sequence[Label], config: DoseConfig
+) -> list[Candidate]:
+    """The latents to try: those asked for, or those of the highest output score."""
+    by_latent = {label.latent: label for label in labels if label.label}
+    for latent in config.latents:
+        if latent not in by_latent:
+            raise InputError(f"latent {latent} has no label in {config.labels}: choose one that fires")
+
+    def candidate(label: Label) -> Candidate:
+        maximum = float(index.statistics.max[label.latent])
+        return Candidate(label.latent, label.label, concept_words(label), maximum)
+
+    if config.latents:
+        return [candidate(by_latent[latent]) for latent in config.latents]
+    certain = sorted(by_latent.values(), key=lambda label: (-label.certainty, label.latent))
+    pool = [candidate(label) for label in certain if label.certainty >= MIN_CERTAINTY]
+    pool = [each for each in pool if each.words][:MAX_SCREENED]
+    if not pool:
+        raise InputError(f"no label has a certainty of {MIN_CERTAINTY}: name latents to try with --latents")
+    scores = output_scores(model, sae, pool, config.prompts)
+    order = sorted(range(len(pool)), key=lambda place: (-scores[place], pool[place].latent))
+    return [pool[place] for place in order[: config.n_candidates]]
+
+
+@torch.inference_mode()
+def output_scores(model: Llama, sae: SAE, pool: Sequence[Candidate], prompts: Sequence[str]) -> list[float]:
+    """How much likelier a word of its concept becomes right after the prompts, when a latent is added.
+
+    The probability that the next token begins such a word, at `SCREEN_FRACTION` of the largest activation, less that
+    of the plain model; a mean over the prompts. The layers below the SAE's site run once.
+    """
+    site = Site.parse(sae.config.site)
+    texts = [model.tokenizer.encode(prompt) for prompt in prompts]
+    before = model.run_layers(model.embed(pad_right(texts)), end=site.layer)
+    last = torch.tensor([len(text) - 1 for text in texts])
+    rows = torch.arange(len(texts))
+
+    def next_token(edit: Edit) -> torch.Tensor:
+        hidden = model.run_layers(before, start=site.layer, taps=Taps(edits={site: edit}))
+        return model.unembed(hidden[rows, last][:, None])[:, 0].softmax(dim=-1)
+
+    plain = next_token(lambda hidden: hidden)
+    scores = []
+    with Progress("output scores", len(pool), "latent") as progress:
+        for each in pool:
+            first = [model.tokenizer.encode(form)[0] for form in _spellings(each.words)]
+            steered = next_token(addition_edit(sae, [Addition(each.latent, SCREEN_FRACTION * each.max_activation)]))
+            scores.append((steered - plain)[:, sorted(set(first))].sum(dim=1).mean().item())
+            progress.advance(1)
+    return scores
+
+
+def _spellings(words: Sequence[str]) -> list[str]:
+    return [f" {form}" for word in words for form in (word, word.capitalize(), word.upper())]
+
+
+def pad_right(texts: Sequence[Sequence[int]]) -> Int[torch.Tensor, "text position"]:
+    """Token ids as one tensor, padded on the right, where a causal model needs no mask."""
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(list(text))
+    return ids
+
+
+class Job(NamedTuple):
+    """One completion to write: a candidate at a strength, after a prompt."""
+
+    candidate: Candidate
+    fraction: float
+    prompt: str
+
+    @property
+    def strength(self) -> float:
+        return self.fraction * self.candidate.max_activation
+
+
+def _run_trials(model: Llama, sae: SAE, candidates: Sequence[Candidate], config: DoseConfig) -> list[Trial]:
+    """Every steered completion, and the plain ones judged anew for each candidate."""
+    jobs = [Job(c, f, prompt) for c in candidates for f in config.strengths for prompt in config.prompts]
+    with Progress("steer-sweep", len(jobs) + len(config.prompts), "completion") as progress:
+        plain_jobs = [Job(candidates[0], 0.0, prompt) for prompt in config.prompts]
+        plain = _complete(model, sae, plain_jobs, config)
+        progress.advance(len(plain))
+        trials = []
+        for candidate in candidates:
+            trials += _judge(model, sae, [Job(candidate, 0.0, prompt) for prompt in config.prompts], plain)
+        for start in range(0, len(jobs), config.batch_size):
+            part = jobs[start : start + config.batch_size]
+            trials += _judge(model, sae, part, _complete(model, sae, part, config))
+            progress.advance(len(part))
+    return trials
+
+
+def _complete(model: Llama, sae: SAE, jobs: Sequence[Job], config: DoseConfig) -> list[list[int]]:
+    """The token ids that continue each job's prompt. A prompt's random numbers are the same at every strength."""
+    changes = torch.stack([sae.W_dec[job.candidate.latent] * job.strength for job in jobs])
+    taps = Taps(edits={Site.parse(sae.config.site): vector_edit(sae, changes)})
+    prompts = [model.tokenizer.encode(job.prompt) for job in jobs]
+    streams = [random_stream(config.seed, *prompt) for prompt in prompts]
+    completions: list[list[int]] = [[] for _ in jobs]
+    for step in generate(model, prompts, config.sampling(), taps, streams):
+        for completion, token in zip(completions, step, strict=True):
+            if token is not None:
+                completion.append(token)
+    return completions
+
+
+@torch.inference_mode()
+def _judge(model: Llama, sae: SAE, jobs: Sequence[Job], completions: Sequence[list[int]]) -> list[Trial]:
+    """Let the plain model read each completion after its prompt."""
+    prompts = [model.tokenizer.encode(job.prompt) for job in jobs]
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    ids = pad_right(texts)
+    site = Site.parse(sae.config.site)
+    taps = Taps(reads={site})
+    logits = model(ids, taps=taps)
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
+    trials = []
+    for row, (job, prompt, text) in enumerate(zip(jobs, prompts, texts, strict=True)):
+        completion = text[len(prompt) :]
+        written = model.tokenizer.decode(completion)
+        spoken = {word for match in WORD.findall(written.lower()) for word in (match, match.rstrip("."))}
+        trials.append(
+            Trial(
+                latent=job.candidate.latent,
+                fraction=job.fraction,
+                strength=job.strength,
+                prompt=job.prompt,
+                text=written,
+                mentions=not spoken.isdisjoint(job.candidate.words),
+                read_back=_read_back(sae, taps.values[site][row, len(prompt) : len(text)], job.candidate),
+                loss=losses[row, len(prompt) - 1 : len(text) - 1].mean().item() if completion else 0.0,
+                distinct=distinct_pairs(written),
+            )
+        )
+    return trials
+
+
+def _read_back(sae: SAE, rows: torch.Tensor, candidate: Candidate) -> float:
+    if len(rows) == 0:
+        return 0.0
+    code = sae.encode(rows)
+    activation = torch.where(code.indices == candidate.latent, code.values, 0.0).max().item()
+    return activation / candidate.max_activation
+
+
+def distinct_pairs(text: str) -> float:
+    """The share of neighbouring word pairs of `text` that are distinct; 1 where there are fewer than two."""
+    words = text.lower().split()
+    pairs = list(pairwise(words))
+    return len(set(pairs)) / len(pairs) if pairs else 1.0
+
+
+def choose_dose(trials: Sequence[Trial], candidates: Sequence[Candidate]) -> Choice:
+    """The fluent dose with the largest effect; of equals, the one that the latent itself reads best."""
+    doses = []
+    for candidate in candidates:
+        own = [trial for trial in trials if trial.latent == candidate.latent]
+        plain = [trial for trial in own if trial.fraction == 0]
+        for fraction in sorted({trial.fraction for trial in own} - {0.0}):
+            steered = [trial for trial in own if trial.fraction == fraction]
+            doses.append(_mean_dose(candidate, steered, plain))
+    pool = [dose for dose in doses if dose.fluent]
+    if pool:
+        chosen = max(pool, key=lambda dose: (dose.effect - dose.plain_effect, dose.read_back, -dose.latent))
+    else:
+        chosen = min(doses, key=lambda dose: (dose.loss_rise, dose.latent))
+    own = [trial for trial in trials if trial.latent == chosen.latent]
+    plain_texts = {trial.prompt: trial.text for trial in own if trial.fraction == 0}
+    examples = [(t.prompt, plain_texts[t.prompt], t.text) for t in own if t.fraction == chosen.fraction]
+    return Choice(doses, chosen, bool(pool), examples)
+
+
+def _mean_dose(candidate: Candidate, steered: Sequence[Trial], plain: Sequence[Trial]) -> Dose:
+    def mean(trials: Sequence[Trial], field: str) -> float:
+        return float(np.mean([getattr(trial, field) for trial in trials]))
+
+    return Dose(
+        latent=candidate.latent,
+        label=candidate.label,
+        fraction=steered[0].fraction,
+        strength=steered[0].strength,
+        effect=mean(steered, "mentions"),
+        plain_effect=mean(plain, "mentions"),
+        read_back=mean(steered, "read_back"),
+        loss_rise=mean(steered, "loss") - mean(plain, "loss"),
+        distinct=mean(steered, "distinct"),
+    )
+
+
+def run_and_print(config: DoseConfig) -> None:
+    """What the command does: make the doses and show them as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    run(config)
+    choice = load_choice(config.out)
+    table = Table("latent", "label", "strength", "effect", "plain", "reads back", "loss rise", "distinct", "")
+    for dose in choice.doses:
+        numbers = [f"{x:.2f}" for x in (dose.effect, dose.plain_effect, dose.read_back, dose.loss_rise, dose.distinct)]
+        verdict = "chosen" if dose == choice.chosen else "" if dose.fluent else "not fluent"
+        table.add_row(str(dose.latent), dose.label, f"{dose.strength:+.1f} ({dose.fraction:g}x)", *numbers, verdict)
+    Console().print(table)

@@ -1,0 +1,369 @@
+"""A Llama in pure PyTorch: the model under study.
+
+One forward pass, on a residual stream (batch, position, d_model):
+
+1. `embed`: token ids -> rows of the embedding.
+2. `run_layers`: per layer, add attention (grouped queries, rotary positions) of the normed stream, then add the
+   SwiGLU MLP of the normed sum. Every point in between is a site (`sites.py`).
+3. `unembed`: final norm, then the unembedding, in float32.
+
+The projections that read the same input (queries, keys, values; gate and up) are one matrix each: fewer and larger
+products. `named_weights` shows them under Hugging Face's names.
+
+Papers: Llama (arXiv 2302.13971), grouped-query attention (2305.13245), rotary positions (2104.09864).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from monosemy.llm.sites import Taps
+from monosemy.runtime import InputError
+
+if TYPE_CHECKING:
+    from monosemy.llm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    """Heads of keys and values; each serves n_heads / n_kv_heads query heads."""
+    head_dim: int
+    d_mlp: int
+    vocabulary: int
+    context_length: int
+    """Most tokens the model was made for."""
+    rope_theta: float
+    norm_epsilon: float
+    tied_embeddings: bool
+    rope_divisors: tuple[float, ...] | None = None
+    """What each of the head_dim / 2 rotary frequencies is divided by (Llama 3.1's scaling); None: by 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "vocabulary"):
+            if getattr(self, name) < 1:
+                raise InputError(f"the model's {name} is {getattr(self, name)}; expected at least 1")
+        if self.n_heads % self.n_kv_heads:
+            raise InputError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads evenly")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
+        if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
+            raise InputError(f"{len(self.rope_divisors)} rotary divisors; expected head_dim / 2 = {self.head_dim // 2}")
+
+
+class KeyValueCache:
+    """Keys and values of the tokens so far, so that each new token costs one position.
+
+    Every layer writes at `length`; the model moves `length` on once the last layer is done.
+    """
+
+    def __init__(self, config: LlamaConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.real = torch.ones(batch, capacity, device=device, dtype=torch.bool)
+        """Which positions hold a token rather than padding."""
+        self.padded = False
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new positions of `layer`; return all of its keys and values so far."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What attention must know about where the tokens stand; the same for every layer."""
+
+    cosine: Tensor
+    """(batch or 1, position, 1, head_dim)"""
+    sine: Tensor
+    """(batch or 1, position, 1, head_dim), its first half negated."""
+    causal: bool
+    """No padding and nothing before: the plain causal triangle."""
+    visible: Tensor | None
+    """(batch or 1, 1, position, key position), bool; None: every key, or the causal triangle."""
+
+
+class Linear(nn.Module):
+    """A matrix without bias, whose values are always loaded: PyTorch's own spends seconds on initial ones."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+
+    def forward(self, x: Float[Tensor, "*batch column"]) -> Float[Tensor, "*batch row"]:
+        return functional.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, in float32, and scale."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position d_model"]:
+        # PyTorch's rms_norm is ten separate passes on a CPU; this is five.
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = (length.square() / x.shape[-1] + self.epsilon).rsqrt()
+        return (wide * scale).to(x.dtype).mul_(self.weight)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries and rotary positions."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        self.qkv = Linear(config.d_model, rows)
+        self.output = Linear(config.n_heads * config.head_dim, config.d_model)
+
+    def forward(
+        self, x: Float[Tensor, "batch position d_model"], positions: Positions, cache: KeyValueCache | None
+    ) -> Float[Tensor, "batch position d_model"]:
+        batch, length, _ = x.shape
+        heads = self.qkv(x).view(batch, length, -1, self.head_dim)
+        turned = rotate(heads[:, :, : self.n_heads + self.n_kv_heads], positions).transpose(1, 2)
+        queries, keys = turned.split((self.n_heads, self.n_kv_heads), dim=1)
+        values = heads[:, :, self.n_heads + self.n_kv_heads :].transpose(1, 2)
+        if cache is not None:
+            keys, values = cache.extend(self.layer, keys, values)
+        mixed = functional.scaled_dot_product_attention(
+            queries, keys, values, positions.visible, is_causal=positions.causal, enable_gqa=True
+        )
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+def rotate(
+    heads: Float[Tensor, "batch position head head_dim"], positions: Positions
+) -> Float[Tensor, "batch position head head_dim"]:
+    """Turn each pair (i, i + head_dim / 2) of a head by its position's angle."""
+    first, second = heads.chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1)
+    return torch.addcmul(heads * positions.cosine, swapped, positions.sine)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.d_model, 2 * config.d_mlp)
+        self.down = Linear(config.d_mlp, config.d_model)
+
+    def forward(self, x: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position d_model"]:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(functional.silu(gate).mul_(up))
+
+
+class Layer(nn.Module):
+    """One layer of the residual stream."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention_norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch position d_model"],
+        positions: Positions,
+        taps: Taps | None,
+        cache: KeyValueCache | None,
+    ) -> Float[Tensor, "batch position d_model"]:
+        def site(point: str, tensor: Tensor) -> Tensor:
+            return tensor if taps is None else taps.visit(self.layer, point, tensor)
+
+        hidden = site("resid_pre", hidden)
+        added = site("attn_out", self.attention(self.attention_norm(hidden), positions, cache))
+        hidden = site("resid_mid", hidden + added)
+        added = site("mlp_out", self.mlp(site("mlp_in", self.mlp_norm(hidden))))
+        return site("resid_post", hidden + added)
+
+
+class Llama(nn.Module):
+    """The model. `checkpoint.load_model` makes one with weights, tokenizer, name and fingerprint."""
+
+    tokenizer: Tokenizer
+    name: str = "the model"
+    fingerprint: str = ""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Linear(config.d_model, config.vocabulary)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.unembedding = Linear(config.d_model, config.vocabulary)
+        if config.tied_embeddings:
+            self.unembedding.weight = self.embedding.weight
+        self.rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    def forward(
+        self,
+        ids: Int[Tensor, "batch position"],
+        taps: Taps | None = None,
+        mask: Bool[Tensor, "batch position"] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "batch position vocabulary"]:
+        """Logits, float32, of the token after each position. Arguments as in `run_layers`."""
+        hidden = self.run_layers(self.embed(ids), taps=taps, mask=mask, cache=cache)
+        return self.unembed(hidden)
+
+    def embed(self, ids: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_model"]:
+        """The residual stream that enters layer 0."""
+        return functional.embedding(ids.to(self.device), self.embedding.weight)
+
+    def run_layers(
+        self,
+        hidden: Float[Tensor, "batch position d_model"],
+        start: int = 0,
+        end: int | None = None,
+        taps: Taps | None = None,
+        mask: Bool[Tensor, "batch position"] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "batch position d_model"]:
+        """The residual stream after layers `start` to `end` - 1, given the one that enters layer `start`.
+
+        Args:
+            taps: sites to read and to edit.
+            mask: False where a batch is padded on the left. Padding on the right needs none: attention is causal.
+            cache: keys and values of the tokens before these; `mask` speaks of the new positions only.
+
+        Raises:
+            InputError: a site beyond the model, or a cache that is full.
+        """
+        if taps is not None:
+            taps.check(self.config.n_layers, self.name)
+        positions = self._positions(hidden, mask, cache)
+        for layer in self.layers[start:end]:
+            hidden = layer(hidden, positions, taps, cache)
+        if cache is not None:
+            cache.length += hidden.shape[1]
+        return hidden
+
+    def unembed(self, hidden: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position vocabulary"]:
+        """Logits, float32: final norm, then unembedding."""
+        return self.unembedding(self.norm(hidden)).float()
+
+    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        """An empty cache for `batch` texts of at most `capacity` tokens, padding included."""
+        return KeyValueCache(self.config, batch, capacity, self.device, self.dtype)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """Every weight under its Hugging Face name: views of the fused matrices, so writing one changes the model."""
+        config = self.config
+        sizes = [heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+        named = {"model.embed_tokens.weight": self.embedding.weight.data, "model.norm.weight": self.norm.weight.data}
+        if not config.tied_embeddings:
+            named["lm_head.weight"] = self.unembedding.weight.data
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            queries, keys, values = layer.attention.qkv.weight.data.split(sizes)
+            gate, up = layer.mlp.gate_up.weight.data.chunk(2)
+            parts = {
+                "input_layernorm": layer.attention_norm.weight.data,
+                "self_attn.q_proj": queries,
+                "self_attn.k_proj": keys,
+                "self_attn.v_proj": values,
+                "self_attn.o_proj": layer.attention.output.weight.data,
+                "post_attention_layernorm": layer.mlp_norm.weight.data,
+                "mlp.gate_proj": gate,
+                "mlp.up_proj": up,
+                "mlp.down_proj": layer.mlp.down.weight.data,
+            }
+            named |= {f"model.layers.{number}.{part}.weight": tensor for part, tensor in parts.items()}
+        return named
+
+    def _positions(self, hidden: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Positions:
+        """Rotary angles and visibility for the new positions of `hidden`, after those in `cache`."""
+        length, before = hidden.shape[1], 0 if cache is None else cache.length
+        end = before + length
+        if cache is not None:
+            if end > cache.capacity:
+                raise InputError(f"{end} tokens do not fit in a cache of {cache.capacity}: make a larger one")
+            if mask is not None:
+                cache.real[:, before:end] = mask.to(self.device)
+                cache.padded |= not bool(mask.all())
+            mask = cache.real[:, :end] if cache.padded else None
+        cosine, sine = self._rotary_tables(end)
+        if mask is None:
+            visible = None if before == 0 or length == 1 else causal_triangle(before, end, self.device)
+            return Positions(cosine[None, before:end], sine[None, before:end], before == 0 and length > 1, visible)
+        mask = mask.to(self.device)
+        # Padding has no position of its own; it counts as the first, and sees itself, so that no row is empty.
+        counted = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, before:]
+        itself = torch.eye(end, device=self.device, dtype=torch.bool)[before:]
+        visible = (causal_triangle(before, end, self.device) & mask[:, None, None, :]) | itself
+        return Positions(cosine[counted], sine[counted], False, visible)
+
+    def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines (position, 1, head_dim) for at least `length` positions; kept, grown by doubling."""
+        if self.rotary is None or len(self.rotary[0]) < length or self.rotary[0].device != self.device:
+            size = max(256, 1 << (length - 1).bit_length())
+            with torch.inference_mode(False):  # kept for passes that need gradients, too
+                angles = torch.arange(size).double()[:, None] * rotary_frequencies(self.config)
+                cosine, sine = angles.cos(), angles.sin()
+                tables = torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
+                cosines, sines = (table[:, None].to(self.device, self.dtype) for table in tables)
+            self.rotary = cosines, sines
+        return self.rotary
+
+
+def random_llama(config: LlamaConfig, seed: int = 0) -> Llama:
+    """A model of random weights, float32, for tests and benchmarks."""
+    model, generator = Llama(config), torch.Generator().manual_seed(seed)
+    for name, weight in model.named_weights().items():
+        if "norm" not in name:
+            weight.normal_(std=config.d_model**-0.5, generator=generator)
+    return model.requires_grad_(False).eval()
+
+
+def causal_triangle(before: int, end: int, device: torch.device) -> Bool[Tensor, "1 1 position key"]:
+    """Which of `end` keys each position from `before` on may see."""
+    keys = torch.arange(end, device=device)
+    return (keys <= keys[before:, None])[None, None]
+
+
+def rotary_frequencies(config: LlamaConfig) -> Float[Tensor, " half"]:
+    """Radians per position of each pair of a head."""
+    exponents = torch.arange(0, config.head_dim, 2).double() / config.head_dim
+    frequencies = torch.exp(-math.log(config.rope_theta) * exponents)
+    if config.rope_divisors is not None:
+        frequencies = frequencies / torch.tensor(config.rope_divisors, dtype=torch.float64)
+    return frequencies

@@ -1,0 +1,162 @@
+"""What every stage needs from the machine: device, dtype, random streams, progress, and a way to say no.
+
+Nothing here imports torch at load time, so that `monosemy --help` stays instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+"""How weights and activations of the model are held; `auto` is bfloat16 where the processor multiplies it."""
+
+
+class InputError(ValueError):
+    """The caller's input cannot be used. Its text says what was given, what was expected, and what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def require(module: str, extra: str) -> None:
+    """Raise `InputError` unless the optional package `module`, part of extra `extra`, is installed."""
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise InputError(f"this needs the package {module!r}, which is not installed: pip install 'monosemy[{extra}]'")
+
+
+def choose_device() -> torch.device:
+    """The first CUDA device where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; `auto` is bfloat16 where `device` multiplies it faster than float32."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    features = torch.cpu.get_capabilities()
+    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
+
+
+def random_stream(*key: int) -> np.random.Generator:
+    """A random stream that depends on nothing but `key`, for example (seed, epoch, step)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal. Results go to standard output, everything else comes here."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as a person says it: 4.2 s, 3 min 10 s, 2 h 05 min."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(number: float) -> str:
+    """A count in three digits: 812, 45.3k, 2.40M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:  # what rounds to 1000 of a unit is 1 of the next
+            return f"{number / size:#.3g}".rstrip(".") + unit
+    return f"{number:.0f}"
+
+
+class Progress:
+    """How far a long step is: a bar with rate and time left on a terminal, a plain line every ten seconds elsewhere.
+
+    with Progress("capture", total=18_000, unit="token") as progress:
+        progress.advance(512)
+        progress.advance(512, fvu=0.2)   # facts to show beside the bar
+    """
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = self.done_at_start = 0
+        self.facts = ""
+
+    def __enter__(self) -> Progress:
+        self.start = self.last_line = time.monotonic()
+        self.bar = self._terminal_bar() if sys.stderr.isatty() else None
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        if error_type is None:
+            elapsed = time.monotonic() - self.start
+            fresh = self.done - self.done_at_start
+            rate = f", {count(fresh / elapsed)} {self.unit}s/s" if fresh and elapsed > 0 else ""
+            say(f"{self.title}: {count(self.done)} {self.unit}s in {duration(elapsed)}{rate}{self.facts}")
+
+    def advance(self, amount: int, **facts: float) -> None:
+        """Count `amount` more units as done, and show `facts` from now on."""
+        self.done += amount
+        if facts:
+            self.facts = "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in facts.items())
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=self.done, facts=self.facts.removeprefix(", "))
+        elif time.monotonic() - self.last_line >= self.SECONDS_BETWEEN_LINES:
+            self._print_line()
+
+    def skip(self, amount: int) -> None:
+        """Count `amount` units as done by an earlier, interrupted run: they do not count towards the rate."""
+        self.done_at_start += amount
+        self.advance(amount)
+
+    def _print_line(self) -> None:
+        self.last_line = time.monotonic()
+        rate = (self.done - self.done_at_start) / max(self.last_line - self.start, 1e-9)
+        left = duration((self.total - self.done) / rate) if rate else "unknown time"
+        percent = 100 * self.done / max(self.total, 1)
+        say(
+            f"{self.title}: {percent:3.0f}%, {count(self.done)} of {count(self.total)} {self.unit}s, "
+            f"{count(rate)} {self.unit}s/s, {left} left{self.facts}"
+        )
+
+    def _terminal_bar(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.text import Text
+
+        class Rate(ProgressColumn):
+            def render(self, task):
+                return Text(f"{count(task.speed or 0)}/s", style="progress.data.speed")
+
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        bar.add_task(self.title, total=self.total, completed=self.done, facts="")
+        bar.start()
+        return bar
+
+
+def cpu_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
