@@ -44,9 +44,9 @@ class CaptureConfig:
     """Arithmetic of the model."""
     stored_as: Literal["bfloat16", "float32"] = "bfloat16"
     """How activations are stored: 2 or 4 bytes per element."""
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     """Tokens per forward pass."""
-    shard_tokens: int = 16_384
+    shard_tokens: int = 32_768
     """Tokens per shard: what an interruption costs at most."""
     seed: int = 0
     """Seed of the order of sentences."""

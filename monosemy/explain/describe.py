@@ -34,7 +34,7 @@ def describe(lexicon: Lexicon, firing: Firing, met: Bool[np.ndarray, " firing"],
     ]
     about = f" in sentences that mention ‘{'’, ‘'.join(themes)}’" if themes else ""
     if not by_place:
-        return Text(about.removeprefix(" in "), False)
+        return Text(f"talk of {' and '.join(themes)}", False)
     here = by_place.get(0)
     if here is None:
         return Text(_around(lexicon, words, weights, by_place) + about, False)

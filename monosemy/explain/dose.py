@@ -1,12 +1,12 @@
 """How strongly must a latent be added, before the text turns towards its label and while it still reads well?
 
-1. Candidates: of the latents with certain labels, those of the highest *output score*: added for one token, which of
-   them makes a word that it fires on likeliest? A latent that reads a concept need not write it (Arad, Mueller and
-   Belinkov 2025, arXiv 2505.20063).
+1. Candidates: latents with certain labels whose direction, read through the unembedding, promotes a word that they
+   fire on; of these, the ones with the highest *output score*: added for one token, which makes such a word likeliest?
+   A latent that reads a concept need not write it (Arad, Mueller and Belinkov 2025, arXiv 2505.20063).
 2. Each is added at several strengths, in units of its own largest activation, while neutral prompts are continued.
-3. The plain model reads each text once more. *Effect*: does the text contain a word that the latent fires on, and how strongly does
-   the latent itself fire on it, now without steering? *Fluency*: cross-entropy of the text under the plain model, and
-   the share of its word pairs that are not repetitions.
+3. The plain model reads each text once more. *Effect*: does the text contain a word that the latent fires on, and how
+   strongly does the latent itself fire on it, now without steering? *Fluency*: cross-entropy of the text under the
+   plain model, and the share of its word pairs that are not repetitions.
 4. Chosen is the latent and strength with the largest effect among those whose text stays fluent: cross-entropy at most
    `MAX_LOSS_RISE` nats above the plain completions', and at least `MIN_DISTINCT` of word pairs distinct.
 """
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from monosemy.artifact import Draft, Manifest, read_manifest, to_json, unrecorded, write_table, write_text
 from monosemy.explain.lexicon import GENERIC
@@ -64,6 +64,9 @@ NEUTRAL_PROMPTS = (
 )
 """Beginnings that lead nowhere in particular."""
 
+READ_TOGETHER = 24
+"""Completions read side by side: their logits are the largest thing in memory."""
+
 MIN_LIFT = 20.0
 """How many times more frequent than in the text a word must be where a latent fires, to stand for its concept."""
 
@@ -87,7 +90,7 @@ class DoseConfig:
     """The model the SAE was trained on."""
     latents: tuple[int, ...] = ()
     """Latents to try; none given: the most promising ones."""
-    n_candidates: int = 10
+    n_candidates: int = 12
     """How many latents to try where none are given."""
     strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     """Strengths to try, in units of the latent's largest activation."""
@@ -232,20 +235,31 @@ def choose_candidates(
         return [candidate(by_latent[latent]) for latent in config.latents]
     certain = sorted(by_latent.values(), key=lambda label: (-label.certainty, label.latent))
     pool = [candidate(label) for label in certain if label.certainty >= MIN_CERTAINTY]
-    pool = [each for each in pool if each.words][:MAX_SCREENED]
+    pool = [each for each in pool if writes_what_it_reads(index, each)][:MAX_SCREENED]
     if not pool:
-        raise InputError(f"no label has a certainty of {MIN_CERTAINTY}: name latents to try with --latents")
+        raise InputError(
+            f"no latent with a label of certainty {MIN_CERTAINTY} promotes a word that it fires on: "
+            "name latents to try with --latents"
+        )
     scores = output_scores(model, sae, pool, config.prompts)
     order = sorted(range(len(pool)), key=lambda place: (-scores[place], pool[place].latent))
     return [pool[place] for place in order[: config.n_candidates]]
+
+
+def writes_what_it_reads(index: Index, candidate: Candidate) -> bool:
+    """Whether the latent promotes, through the unembedding, the beginning of a word that it fires on."""
+    promoted = [effect.piece.strip().lower() for effect in index.logits(candidate.latent).promoted]
+    return any(len(piece) >= 3 and word.startswith(piece) for piece in promoted for word in candidate.words)
 
 
 @torch.inference_mode()
 def output_scores(model: Llama, sae: SAE, pool: Sequence[Candidate], prompts: Sequence[str]) -> list[float]:
     """How much likelier a word of its concept becomes right after the prompts, when a latent is added.
 
-    The probability that the next token begins such a word, at `SCREEN_FRACTION` of the largest activation, less that
-    of the plain model; a mean over the prompts. The layers below the SAE's site run once.
+    With p the probability that the next token begins such a word, steered at `SCREEN_FRACTION` of the largest
+    activation, and q that of the plain model: p log(p / q), the concept's part of their Kullback-Leibler divergence,
+    which is large when p is, and small for words that were likely anyway; a mean over the prompts. The layers below
+    the SAE's site run once.
     """
     site = Site.parse(sae.config.site)
     texts = [model.tokenizer.encode(prompt) for prompt in prompts]
@@ -263,7 +277,8 @@ def output_scores(model: Llama, sae: SAE, pool: Sequence[Candidate], prompts: Se
         for each in pool:
             first = [model.tokenizer.encode(form)[0] for form in _spellings(each.words)]
             steered = next_token(addition_edit(sae, [Addition(each.latent, SCREEN_FRACTION * each.max_activation)]))
-            scores.append((steered - plain)[:, sorted(set(first))].sum(dim=1).mean().item())
+            p, q = (probability[:, sorted(set(first))].sum(dim=1) for probability in (steered, plain))
+            scores.append((p * (p / q).log()).mean().item())
             progress.advance(1)
     return scores
 
@@ -326,35 +341,47 @@ def _complete(model: Llama, sae: SAE, jobs: Sequence[Job], config: DoseConfig) -
 @torch.inference_mode()
 def _judge(model: Llama, sae: SAE, jobs: Sequence[Job], completions: Sequence[list[int]]) -> list[Trial]:
     """Let the plain model read each completion after its prompt."""
-    prompts = [model.tokenizer.encode(job.prompt) for job in jobs]
-    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    ids = pad_right(texts)
-    site = Site.parse(sae.config.site)
-    taps = Taps(reads={site})
-    logits = model(ids, taps=taps)
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
     trials = []
-    for row, (job, prompt, text) in enumerate(zip(jobs, prompts, texts, strict=True)):
-        completion = text[len(prompt) :]
-        written = model.tokenizer.decode(completion)
-        spoken = {word for match in WORD.findall(written.lower()) for word in (match, match.rstrip("."))}
-        trials.append(
-            Trial(
-                latent=job.candidate.latent,
-                fraction=job.fraction,
-                strength=job.strength,
-                prompt=job.prompt,
-                text=written,
-                mentions=not spoken.isdisjoint(job.candidate.words),
-                read_back=_read_back(sae, taps.values[site][row, len(prompt) : len(text)], job.candidate),
-                loss=losses[row, len(prompt) - 1 : len(text) - 1].mean().item() if completion else 0.0,
-                distinct=distinct_pairs(written),
-            )
-        )
+    site = Site.parse(sae.config.site)
+    for start in range(0, len(jobs), READ_TOGETHER):
+        part = slice(start, start + READ_TOGETHER)
+        prompts = [model.tokenizer.encode(job.prompt) for job in jobs[part]]
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions[part], strict=True)]
+        ids = pad_right(texts)
+        taps = Taps(reads={site})
+        losses = torch.nn.functional.cross_entropy(model(ids, taps=taps)[:, :-1].mT, ids[:, 1:], reduction="none")
+        for row, (job, prompt, text) in enumerate(zip(jobs[part], prompts, texts, strict=True)):
+            written = slice(len(prompt), len(text))
+            loss = losses[row, len(prompt) - 1 : len(text) - 1]
+            trials.append(_trial(model, sae, job, text[written], taps.values[site][row, written], loss))
     return trials
 
 
-def _read_back(sae: SAE, rows: torch.Tensor, candidate: Candidate) -> float:
+def _trial(
+    model: Llama,
+    sae: SAE,
+    job: Job,
+    completion: list[int],
+    rows: Float[torch.Tensor, "token d_model"],
+    losses: Float[torch.Tensor, " token"],
+) -> Trial:
+    """The verdict on one completion, given its rows at the SAE's site and its tokens' losses in the plain model."""
+    text = model.tokenizer.decode(completion)
+    words = {word for match in WORD.findall(text.lower()) for word in (match, match.rstrip("."))}
+    return Trial(
+        latent=job.candidate.latent,
+        fraction=job.fraction,
+        strength=job.strength,
+        prompt=job.prompt,
+        text=text,
+        mentions=not words.isdisjoint(job.candidate.words),
+        read_back=_read_back(sae, rows, job.candidate),
+        loss=losses.mean().item() if completion else 0.0,
+        distinct=distinct_pairs(text),
+    )
+
+
+def _read_back(sae: SAE, rows: Float[torch.Tensor, "token d_model"], candidate: Candidate) -> float:
     if len(rows) == 0:
         return 0.0
     code = sae.encode(rows)
@@ -407,15 +434,34 @@ def _mean_dose(candidate: Candidate, steered: Sequence[Trial], plain: Sequence[T
 
 
 def run_and_print(config: DoseConfig) -> None:
-    """What the command does: make the doses and show them as a table."""
+    """What the command does: make the doses and show every one of the chosen latent, and the best of the others."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     run(config)
     choice = load_choice(config.out)
-    table = Table("latent", "label", "strength", "effect", "plain", "reads back", "loss rise", "distinct", "")
-    for dose in choice.doses:
-        numbers = [f"{x:.2f}" for x in (dose.effect, dose.plain_effect, dose.read_back, dose.loss_rise, dose.distinct)]
-        verdict = "chosen" if dose == choice.chosen else "" if dose.fluent else "not fluent"
-        table.add_row(str(dose.latent), dose.label, f"{dose.strength:+.1f} ({dose.fraction:g}x)", *numbers, verdict)
-    Console().print(table)
+    table = Table("latent", "strength", "effect", "reads back", "loss rise", "distinct", "label")
+    for dose in shown_doses(choice):
+        mark = "chosen" if dose == choice.chosen else "" if dose.fluent else "not fluent"
+        label = f"{escape(dose.label)}{f' [bold]({mark})[/]' if mark else ''}"
+        effect = f"{dose.effect:.0%} (plain {dose.plain_effect:.0%})"
+        numbers = [f"{number:.2f}" for number in (dose.read_back, dose.loss_rise, dose.distinct)]
+        table.add_row(str(dose.latent), f"{dose.strength:+.1f} ({dose.fraction:g}x)", effect, *numbers, label)
+    console = Console()
+    console.print(table)
+    for prompt, plain, steered in choice.examples:
+        console.print(f"[bold]{escape(prompt)}[/]")
+        console.print(
+            f"  plain    {escape(' '.join(plain.split()))}", f"  steered  {escape(' '.join(steered.split()))}", sep="\n"
+        )
+
+
+def shown_doses(choice: Choice) -> list[Dose]:
+    """Every dose of the chosen latent, then the most effective dose of each other one."""
+    shown = [dose for dose in choice.doses if dose.latent == choice.chosen.latent]
+    for latent in dict.fromkeys(dose.latent for dose in choice.doses):
+        if latent != choice.chosen.latent:
+            doses = [dose for dose in choice.doses if dose.latent == latent]
+            shown.append(max(doses, key=lambda dose: (dose.fluent, dose.effect, dose.read_back)))
+    return shown

@@ -44,9 +44,7 @@ def _pool() -> ThreadPoolExecutor:
 def _in_parallel(kernel: Callable[..., object], n: int, *arguments: object) -> None:
     """Run kernel(start, stop, *arguments) over [0, n), one range of rows or latents per thread."""
     bounds = np.linspace(0, n, cpu_count() + 1).astype(int)
-    jobs = [
-        _pool().submit(kernel, int(a), int(b), *arguments) for a, b in itertools.pairwise(bounds) if b > a
-    ]
+    jobs = [_pool().submit(kernel, int(a), int(b), *arguments) for a, b in itertools.pairwise(bounds) if b > a]
     for job in jobs:
         job.result()
 

@@ -63,32 +63,28 @@ def select_float32(start, stop, product, b_enc, k, chosen):
 @compiled
 @no_type_check
 def select_row(pre, k, chosen):
+    """Blocks are stripes, every n_blocks-th latent: so a maximum over blocks is one over whole vectors."""
     n_latents = len(pre)
     n_blocks = (n_latents + BLOCK - 1) // BLOCK
-    block_max = np.empty(n_blocks, np.float32)
-    whole_blocks = n_latents // BLOCK
-    for block in range(whole_blocks):
-        largest = pre[block * BLOCK]
-        for offset in range(1, BLOCK):
-            largest = max(largest, pre[block * BLOCK + offset])
-        block_max[block] = largest
-    if whole_blocks < n_blocks:
-        block_max[whole_blocks] = pre[whole_blocks * BLOCK :].max()
+    block_max = pre[:n_blocks].copy()
+    for start in range(n_blocks, n_latents, n_blocks):
+        for block in range(min(n_blocks, n_latents - start)):
+            value = pre[start + block]
+            block_max[block] = value if value > block_max[block] else block_max[block]
 
     threshold = np.float32(0)
     if n_blocks > k:
         threshold = max(threshold, np.partition(block_max, n_blocks - k)[n_blocks - k])
     candidates = np.empty(n_latents, np.int32)
-    values = np.empty(n_latents, np.float32)
     found = 0
     for block in range(n_blocks):
         if block_max[block] >= threshold:
-            for latent in range(block * BLOCK, min(block * BLOCK + BLOCK, n_latents)):
+            for latent in range(block, n_latents, n_blocks):
                 if pre[latent] >= threshold and pre[latent] > 0:
                     candidates[found] = latent
-                    values[found] = pre[latent]
                     found += 1
-    keep_largest(candidates[:found], values[:found], k, chosen)
+    candidates = np.sort(candidates[:found])
+    keep_largest(candidates, pre[candidates], k, chosen)
 
 
 @compiled

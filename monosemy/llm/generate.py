@@ -128,6 +128,10 @@ def prompt_streams(prompts: Sequence[Sequence[int]], seed: int) -> list[np.rando
     return streams
 
 
+NUCLEUS = 256
+"""Likeliest tokens that are looked at first for `top_p`; sorting a whole vocabulary costs more than the model."""
+
+
 def choose(
     logits: Float[Tensor, "prompt vocabulary"], settings: SamplingSettings, streams: Sequence[np.random.Generator]
 ) -> list[int]:
@@ -135,18 +139,28 @@ def choose(
     if settings.temperature == 0:
         return logits.argmax(dim=-1).tolist()
     # Less the maximum first: a tiny temperature must not overflow.
-    logits = logits.double() - logits.max(dim=-1, keepdim=True).values
-    probabilities = (logits / settings.temperature).softmax(dim=-1)
-    order = None
-    if settings.top_p < 1:
-        probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= settings.top_p, 0.0)
-    reached = probabilities.cumsum(dim=-1)
-    drawn = torch.tensor([[stream.random()] for stream in streams], dtype=torch.float64, device=logits.device)
-    # `right`: a token of probability 0 has the same sum as the one before it, and must not be drawn.
-    places = torch.searchsorted(reached, drawn * reached[:, -1:], right=True)
-    return (places if order is None else order.gather(1, places))[:, 0].tolist()
+    logits = (logits - logits.max(dim=-1, keepdim=True).values).double() / settings.temperature
+    numbers = [stream.random() for stream in streams]
+    if settings.top_p == 1:
+        return [_draw(row.softmax(dim=-1), number) for row, number in zip(logits, numbers, strict=True)]
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    top = logits.topk(min(NUCLEUS, logits.shape[-1]), dim=-1)
+    probabilities = (top.values - total).exp()
+    chosen = []
+    for row, number in enumerate(numbers):
+        likeliest, tokens = probabilities[row], top.indices[row]
+        if likeliest.sum() < settings.top_p:
+            likeliest, tokens = (logits[row] - total[row]).exp().sort(descending=True, stable=True)
+        before = likeliest.cumsum(dim=-1) - likeliest
+        chosen.append(int(tokens[_draw(likeliest.masked_fill(before >= settings.top_p, 0.0), number)]))
+    return chosen
+
+
+def _draw(weights: Float[Tensor, " token"], number: float) -> int:
+    """The place at which the running sum of `weights` first exceeds `number`, 0 to 1, of its total."""
+    reached = weights.cumsum(dim=-1)
+    # `right`: a token of weight 0 has the same sum as the one before it, and must not be drawn.
+    return int(torch.searchsorted(reached, number * reached[-1:], right=True))
 
 
 class TextStream:

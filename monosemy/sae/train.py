@@ -52,7 +52,7 @@ class TrainConfig:
     """Rows to train on in all; more than there are means several epochs."""
     batch_size: int = 2048
     """Rows per step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """Adam's step size at its height."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises from 0."""
@@ -60,12 +60,12 @@ class TrainConfig:
     """Share of the steps, at the end, over which it falls linearly to 0."""
     encoder_scale: float = 0.25
     """Norm of an encoder row at the start; its decoder direction has norm 1."""
-    dead_after_tokens: int = 100_000
+    dead_after_tokens: int = 50_000
     """Rows without firing after which a latent counts as dead."""
     k_aux: int = 256
     """Dead latents that may reconstruct the residual of a row; 0 turns the auxiliary loss off."""
-    aux_weight: float = 1 / 32
-    """Weight of the auxiliary loss."""
+    aux_weight: float = 1.0
+    """Weight of the auxiliary loss; it moves dead latents only."""
     normalize: Normalization = "token"
     """`token`: every row to mean 0 and standard deviation 1; `none`: as stored."""
     seed: int = 0
