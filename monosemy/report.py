@@ -17,6 +17,7 @@ import numpy as np
 
 from monosemy.artifact import MANIFEST, read_manifest, unrecorded, write_text
 from monosemy.corpus import open_tokens
+from monosemy.explain.candidates import concept_words
 from monosemy.explain.dose import Choice, Dose, load_choice
 from monosemy.latents.labels import Label, open_labels
 from monosemy.latents.record import Example, Index, open_index
@@ -37,7 +38,7 @@ class ReportConfig:
     out: Path = unrecorded()
     """The page to write."""
     n_latents: int = 24
-    """Latents to show, the ones with the most certain labels."""
+    """Latents to show: certain labels with several words behind them."""
     n_examples: int = 5
     """Sentences per latent."""
 
@@ -150,9 +151,13 @@ def steering_rows(choice: Choice) -> list[tuple[str, str]]:
         f"{dose.effect:.0%} of texts name it, plain {dose.plain_effect:.0%}; "
         f"cross-entropy {dose.loss_rise:+.2f} nats{'' if choice.fluent else ' (no dose was fluent)'}"
     )
-    prompt, plain, steered = choice.examples[0]
+    example = next((each for each in choice.examples if each.mentions), choice.examples[0])
     rows = [("latent", f"{dose.latent}={dose.strength:+.1f}  {dose.label}"), ("effect", effect)]
-    return [*rows, ("plain", _one_line(prompt + plain)), ("steered", _one_line(prompt + steered))]
+    return [
+        *rows,
+        ("plain", _one_line(example.prompt + example.plain)),
+        ("steered", _one_line(example.prompt + example.steered)),
+    ]
 
 
 def _one_line(text: str) -> str:
@@ -160,9 +165,13 @@ def _one_line(text: str) -> str:
 
 
 def best_labels(labels: list[Label], n: int) -> list[Label]:
-    """The `n` most certain labels, no text twice."""
+    """The `n` labels most like a concept: certain, and with several telling words behind them. No text twice."""
+
+    def rank(label: Label) -> tuple[float, int]:
+        return -label.certainty * min(len(concept_words(label)), 5), label.latent
+
     chosen: dict[str, Label] = {}
-    for label in sorted(labels, key=lambda label: (-label.certainty, label.latent)):
+    for label in sorted((label for label in labels if label.label), key=rank):
         chosen.setdefault(label.label.lower(), label)
     return list(chosen.values())[:n]
 

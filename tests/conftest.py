@@ -130,3 +130,19 @@ def tiny_run(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
         )
     )  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_labels(tiny_run: Path, tiny_llama_folder: Path) -> Path:
+    """`tiny_run` with the artifacts `index` and `labels` added."""
+    from monosemy.explain import explainer
+    from monosemy.latents import index
+
+    index.run(
+        index.IndexConfig(
+            sae=tiny_run / "sae", tokens=tiny_run / "tokens", activations=tiny_run / "activations",
+            out=tiny_run / "index", model=str(tiny_llama_folder), dtype="float32",
+        )
+    )  # fmt: skip
+    explainer.run(explainer.ExplainConfig(index=tiny_run / "index", out=tiny_run / "labels"))
+    return tiny_run

@@ -1,8 +1,6 @@
 """How strongly must a latent be added, before the text turns towards its label and while it still reads well?
 
-1. Candidates: latents with certain labels whose direction, read through the unembedding, promotes a word that they
-   fire on; of these, the ones with the highest *output score*: added for one token, which makes such a word likeliest?
-   A latent that reads a concept need not write it (Arad, Mueller and Belinkov 2025, arXiv 2505.20063).
+1. Take the latents that `candidates` ranks first, or those that were asked for.
 2. Each is added at several strengths, in units of its own largest activation, while neutral prompts are continued.
 3. The plain model reads each text once more. *Effect*: does the text contain a word that the latent fires on, and how
    strongly does the latent itself fire on it, now without steering? *Fluency*: cross-entropy of the text under the
@@ -14,7 +12,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from monosemy.artifact import Draft, Manifest, read_manifest, to_json, unrecorded, write_table, write_text
-from monosemy.explain.lexicon import GENERIC
+from monosemy.explain.candidates import WORD, Candidate, make_candidate, pad_right, rank_candidates
 from monosemy.latents.labels import Label, open_labels
 from monosemy.latents.record import Index, open_index
 from monosemy.llm.checkpoint import load_model
@@ -37,22 +34,13 @@ from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import DtypeName, InputError, Progress, random_stream
 from monosemy.sae.autoencoder import SAE, load_sae
 from monosemy.sae.evaluate import check_fits
-from monosemy.steer import Addition, Edit, addition_edit, vector_edit
+from monosemy.steer import vector_edit
 
 MAX_LOSS_RISE = 1.0
 """Nats per token that a steered text may cost the plain model above plain text."""
 
 MIN_DISTINCT = 0.85
 """Share of a text's word pairs that must be distinct, as a mean over prompts."""
-
-MIN_CERTAINTY = 0.5
-"""Certainty of a label from which on its latent is worth trying."""
-
-MAX_SCREENED = 800
-"""Latents whose output score is measured, at most: the most certain ones."""
-
-SCREEN_FRACTION = 1.0
-"""Strength at which it is measured, in units of the largest activation."""
 
 NEUTRAL_PROMPTS = (
     "I think that",
@@ -66,12 +54,6 @@ NEUTRAL_PROMPTS = (
 
 READ_TOGETHER = 24
 """Completions read side by side: their logits are the largest thing in memory."""
-
-MIN_LIFT = 20.0
-"""How many times more frequent than in the text a word must be where a latent fires, to stand for its concept."""
-
-WORD = re.compile(r"[a-z](?:[a-z'-]|\.(?=[a-z]))+\.?")
-"""A word of two letters or more, or an abbreviation such as u.n., in lower case."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +102,6 @@ class DoseConfig:
         return SamplingSettings(self.max_new_tokens, self.temperature, self.top_p, self.seed)
 
 
-class Candidate(NamedTuple):
-    """A latent to try."""
-
-    latent: int
-    label: str
-    words: tuple[str, ...]
-    """Words that stand for its concept, lower case; the effect is that a text contains one."""
-    max_activation: float
-
-
 class Trial(NamedTuple):
     """One completion."""
 
@@ -172,6 +144,16 @@ class Dose:
         return self.loss_rise <= MAX_LOSS_RISE and self.distinct >= MIN_DISTINCT
 
 
+class Comparison(NamedTuple):
+    """A prompt with its plain and its steered completion."""
+
+    prompt: str
+    plain: str
+    steered: str
+    mentions: bool
+    """Whether the steered text contains a word of the concept."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What `choice.json` holds: every dose, the chosen one, and its texts beside the plain ones."""
@@ -180,8 +162,7 @@ class Choice:
     chosen: Dose
     fluent: bool
     """False where no dose was fluent and the least harmful one was taken."""
-    examples: list[tuple[str, str, str]]
-    """(prompt, plain completion, steered completion)."""
+    examples: list[Comparison]
 
 
 def run(config: DoseConfig) -> Manifest:
@@ -193,7 +174,7 @@ def run(config: DoseConfig) -> Manifest:
     with Draft(config.out, "dose", config, parents | {"model": model.fingerprint}) as draft:
         if draft.complete:
             return read_manifest(config.out, "dose")
-        candidates = choose_candidates(model, sae, index, labels, config)
+        candidates = _candidates(model, sae, index, labels, config)
         trials = _run_trials(model, sae, candidates, config)
         write_table(draft.path / "dose.parquet", pyarrow.Table.from_pylist([trial._asdict() for trial in trials]))
         write_text(draft.path / "choice.json", to_json(choose_dose(trials, candidates)))
@@ -208,91 +189,19 @@ def load_choice(path: Path) -> Choice:
         doses=[Dose(**dose) for dose in content["doses"]],
         chosen=Dose(**content["chosen"]),
         fluent=content["fluent"],
-        examples=[tuple(example) for example in content["examples"]],
+        examples=[Comparison(*example) for example in content["examples"]],
     )
 
 
-def concept_words(label: Label) -> tuple[str, ...]:
-    """The telling words a latent fires on, lower case: those that are much more frequent there than in the text."""
-    words = [entry["word"].lower() for entry in label.evidence["words"] if entry["lift"] >= MIN_LIFT]
-    return tuple(dict.fromkeys(word for word in words if WORD.fullmatch(word) and word not in GENERIC))
-
-
-def choose_candidates(
-    model: Llama, sae: SAE, index: Index, labels: Sequence[Label], config: DoseConfig
-) -> list[Candidate]:
-    """The latents to try: those asked for, or those of the highest output score."""
+def _candidates(model: Llama, sae: SAE, index: Index, labels: Sequence[Label], config: DoseConfig) -> list[Candidate]:
+    """The latents asked for; where none are, the most promising ones."""
     by_latent = {label.latent: label for label in labels if label.label}
     for latent in config.latents:
         if latent not in by_latent:
             raise InputError(f"latent {latent} has no label in {config.labels}: choose one that fires")
-
-    def candidate(label: Label) -> Candidate:
-        maximum = float(index.statistics.max[label.latent])
-        return Candidate(label.latent, label.label, concept_words(label), maximum)
-
     if config.latents:
-        return [candidate(by_latent[latent]) for latent in config.latents]
-    certain = sorted(by_latent.values(), key=lambda label: (-label.certainty, label.latent))
-    pool = [candidate(label) for label in certain if label.certainty >= MIN_CERTAINTY]
-    pool = [each for each in pool if writes_what_it_reads(index, each)][:MAX_SCREENED]
-    if not pool:
-        raise InputError(
-            f"no latent with a label of certainty {MIN_CERTAINTY} promotes a word that it fires on: "
-            "name latents to try with --latents"
-        )
-    scores = output_scores(model, sae, pool, config.prompts)
-    order = sorted(range(len(pool)), key=lambda place: (-scores[place], pool[place].latent))
-    return [pool[place] for place in order[: config.n_candidates]]
-
-
-def writes_what_it_reads(index: Index, candidate: Candidate) -> bool:
-    """Whether the latent promotes, through the unembedding, the beginning of a word that it fires on."""
-    promoted = [effect.piece.strip().lower() for effect in index.logits(candidate.latent).promoted]
-    return any(len(piece) >= 3 and word.startswith(piece) for piece in promoted for word in candidate.words)
-
-
-@torch.inference_mode()
-def output_scores(model: Llama, sae: SAE, pool: Sequence[Candidate], prompts: Sequence[str]) -> list[float]:
-    """How much likelier a word of its concept becomes right after the prompts, when a latent is added.
-
-    With p the probability that the next token begins such a word, steered at `SCREEN_FRACTION` of the largest
-    activation, and q that of the plain model: p log(p / q), the concept's part of their Kullback-Leibler divergence,
-    which is large when p is, and small for words that were likely anyway; a mean over the prompts. The layers below
-    the SAE's site run once.
-    """
-    site = Site.parse(sae.config.site)
-    texts = [model.tokenizer.encode(prompt) for prompt in prompts]
-    before = model.run_layers(model.embed(pad_right(texts)), end=site.layer)
-    last = torch.tensor([len(text) - 1 for text in texts])
-    rows = torch.arange(len(texts))
-
-    def next_token(edit: Edit) -> torch.Tensor:
-        hidden = model.run_layers(before, start=site.layer, taps=Taps(edits={site: edit}))
-        return model.unembed(hidden[rows, last][:, None])[:, 0].softmax(dim=-1)
-
-    plain = next_token(lambda hidden: hidden)
-    scores = []
-    with Progress("output scores", len(pool), "latent") as progress:
-        for each in pool:
-            first = [model.tokenizer.encode(form)[0] for form in _spellings(each.words)]
-            steered = next_token(addition_edit(sae, [Addition(each.latent, SCREEN_FRACTION * each.max_activation)]))
-            p, q = (probability[:, sorted(set(first))].sum(dim=1) for probability in (steered, plain))
-            scores.append((p * (p / q).log()).mean().item())
-            progress.advance(1)
-    return scores
-
-
-def _spellings(words: Sequence[str]) -> list[str]:
-    return [f" {form}" for word in words for form in (word, word.capitalize(), word.upper())]
-
-
-def pad_right(texts: Sequence[Sequence[int]]) -> Int[torch.Tensor, "text position"]:
-    """Token ids as one tensor, padded on the right, where a causal model needs no mask."""
-    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.tensor(list(text))
-    return ids
+        return [make_candidate(index, by_latent[latent]) for latent in config.latents]
+    return rank_candidates(model, sae, index, list(by_latent.values()), config.prompts)[: config.n_candidates]
 
 
 class Job(NamedTuple):
@@ -412,7 +321,8 @@ def choose_dose(trials: Sequence[Trial], candidates: Sequence[Candidate]) -> Cho
         chosen = min(doses, key=lambda dose: (dose.loss_rise, dose.latent))
     own = [trial for trial in trials if trial.latent == chosen.latent]
     plain_texts = {trial.prompt: trial.text for trial in own if trial.fraction == 0}
-    examples = [(t.prompt, plain_texts[t.prompt], t.text) for t in own if t.fraction == chosen.fraction]
+    steered = [trial for trial in own if trial.fraction == chosen.fraction]
+    examples = [Comparison(t.prompt, plain_texts[t.prompt], t.text, t.mentions) for t in steered]
     return Choice(doses, chosen, bool(pool), examples)
 
 
@@ -450,7 +360,7 @@ def run_and_print(config: DoseConfig) -> None:
         table.add_row(str(dose.latent), f"{dose.strength:+.1f} ({dose.fraction:g}x)", effect, *numbers, label)
     console = Console()
     console.print(table)
-    for prompt, plain, steered in choice.examples:
+    for prompt, plain, steered, _ in choice.examples:
         console.print(f"[bold]{escape(prompt)}[/]")
         console.print(
             f"  plain    {escape(' '.join(plain.split()))}", f"  steered  {escape(' '.join(steered.split()))}", sep="\n"
