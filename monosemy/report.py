@@ -17,13 +17,15 @@ import numpy as np
 
 from monosemy.artifact import MANIFEST, read_manifest, unrecorded, write_text
 from monosemy.corpus import open_tokens
-from monosemy.explain.candidates import concept_words
 from monosemy.explain.dose import Choice, Dose, load_choice
 from monosemy.latents.labels import Label, open_labels
 from monosemy.latents.record import Example, Index, open_index
 from monosemy.runtime import InputError, count, require
 from monosemy.sae.autoencoder import load_sae
 from monosemy.sae.evaluate import load_metrics, summary
+
+THEME = "talk of "
+"""How the local explainer begins the label of a latent that follows a topic."""
 
 EXCERPT_TOKENS = 28
 """Tokens shown around the place where a latent fires most."""
@@ -38,7 +40,7 @@ class ReportConfig:
     out: Path = unrecorded()
     """The page to write."""
     n_latents: int = 24
-    """Latents to show: certain labels with several words behind them."""
+    """Latents to show: certain labels that are themes or lists."""
     n_examples: int = 5
     """Sentences per latent."""
 
@@ -165,10 +167,11 @@ def _one_line(text: str) -> str:
 
 
 def best_labels(labels: list[Label], n: int) -> list[Label]:
-    """The `n` labels most like a concept: certain, and with several telling words behind them. No text twice."""
+    """The `n` labels most like a concept: certain, and themes or lists rather than one word. No text twice."""
 
     def rank(label: Label) -> tuple[float, int]:
-        return -label.certainty * min(len(concept_words(label)), 5), label.latent
+        breadth = 3 if label.label.startswith(THEME) else min(len(label.evidence["items"]), 3)
+        return -label.certainty * breadth, label.latent
 
     chosen: dict[str, Label] = {}
     for label in sorted((label for label in labels if label.label), key=rank):

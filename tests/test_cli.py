@@ -88,7 +88,7 @@ def test_python_m_and_version():
         (["train", "--activations", "A", "--out", "OUT", "--k", "9000"], "k is 9000, but there are only 8192 latents"),
         (["evaluate", "--sae", "nosuch", "--tokens", "T", "--out", "OUT"], "nosuch is not a folder; expected a 'sae'"),
         (["generate", "Hello", "--steer", "896=+20"], "--steer and --explain need an SAE"),
-        (["generate", "Hello", "--sae", "A", "--steer", "896"], "expected LATENT=STRENGTH, for example 896=+20"),
+        (["generate", "Hello", "--sae", "A", "--steer", "896"], "expected LATENT=STRENGTH, for example 896=.20"),
         (["verify", "nosuch"], "nosuch"),
     ],
 )  # fmt: skip
