@@ -376,8 +376,3 @@ def _problems(path: Path, manifest: Manifest, verify: bool) -> list[str]:
         present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
         problems += [f"{name} does not belong to it" for name in sorted(present - set(manifest.files) - {MANIFEST})]
     return problems
-
-
-def remove_partial(path: Path) -> None:
-    """Throw away what an interrupted command left for the artifact `path`."""
-    shutil.rmtree(path.with_name(path.name + PARTIAL), ignore_errors=True)

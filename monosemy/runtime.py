@@ -1,4 +1,4 @@
-"""What every stage needs from the machine: device, dtype, random streams, progress, and a way to say no.
+"""What every stage needs from the machine: dtype, random streams, progress, and a way to say no.
 
 Nothing here imports torch at load time, so that `monosemy --help` stays instant.
 """
@@ -32,13 +32,6 @@ def require(module: str, extra: str) -> None:
 
     if find_spec(module) is None:
         raise InputError(f"this needs the package {module!r}, which is not installed: pip install 'monosemy[{extra}]'")
-
-
-def choose_device() -> torch.device:
-    """The first CUDA device where there is one, else the CPU."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

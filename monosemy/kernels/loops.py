@@ -15,7 +15,9 @@ BLOCK = 16
 """Latents per block in the search for the k largest."""
 
 
-compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+# Not "contract": with it, code fresh from the compiler fuses other multiplications with additions than the same code
+# read back from disk, and the first run of a machine would differ from the second in the last bits.
+compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"}, error_model="numpy")
 
 
 @intrinsic

@@ -22,7 +22,7 @@ from torch import Tensor
 from monosemy.llm.gguf_file import GGUFFile
 from monosemy.llm.llama import Llama, LlamaConfig
 from monosemy.llm.tokenizer import Tokenizer, from_folder, from_gguf, read_json
-from monosemy.runtime import DtypeName, InputError, choose_device, choose_dtype
+from monosemy.runtime import DtypeName, InputError, choose_dtype
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -65,13 +65,13 @@ def load_model(name: str | Path, dtype: DtypeName | torch.dtype = "auto", device
     Args:
         name: `smollm2`, a `.gguf` file, or a Hugging Face folder.
         dtype: of weights and activations; `auto` is bfloat16 where the processor multiplies it.
-        device: where to; default: CUDA if there is one.
+        device: where to; default: the CPU.
 
     Raises:
         InputError: the model is not there, is damaged, or needs what is not implemented.
     """
     source = find_source(name)
-    device = choose_device() if device is None else torch.device(device)
+    device = torch.device("cpu" if device is None else device)
     dtype = dtype if isinstance(dtype, torch.dtype) else choose_dtype(dtype, device)
     if source.is_gguf:
         file = GGUFFile(source.path)

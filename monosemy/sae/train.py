@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 import pyarrow
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from monosemy import kernels
 from monosemy.activations.store import open_activations
 from monosemy.activations.stream import Stream
-from monosemy.artifact import Draft, Manifest, atomic, read_tensors, unrecorded, write_table
+from monosemy.artifact import Draft, Manifest, read_manifest, read_tensors, unrecorded, write_table, write_tensors
 from monosemy.runtime import InputError, Progress
 from monosemy.sae.autoencoder import SAE, Normalization, SAEConfig, normalize_rows
 
@@ -113,18 +114,26 @@ class TrainState(NamedTuple):
     """(latent,) int64: tokens seen when the latent last fired."""
 
 
+class Checkpoint(NamedTuple):
+    """Where an interrupted training goes on."""
+
+    step: int
+    """Steps done."""
+    state: TrainState
+    history: list[HistoryRow]
+
+
 def run(config: TrainConfig) -> Manifest:
     """Make the SAE artifact `config.out`, or go on with it."""
     activations = open_activations(config.activations)
     site = activations.only_site(config.site)
     with Draft(config.out, "sae", config, {"activations": activations.manifest.digest}) as draft:
         if draft.complete:
-            from monosemy.artifact import read_manifest
-
             return read_manifest(config.out, "sae")
         stream = Stream(activations, site, config.batch_size, config.seed)
-        state, history = _load_checkpoint(draft.path / CHECKPOINT) or (_initial_state(config, stream), [])
-        history = _train(config, stream, state, history, draft)
+        path = draft.path / CHECKPOINT
+        checkpoint = load_checkpoint(path) if path.exists() else Checkpoint(0, initial_state(config, stream), [])
+        state, history = _train(config, stream, checkpoint, path)
         sae_config = SAEConfig(
             d_model=activations.d_model,
             n_latents=config.n_latents,
@@ -136,7 +145,7 @@ def run(config: TrainConfig) -> Manifest:
         )
         SAE(sae_config, state.parameters).save(draft.path)
         write_table(draft.path / "history.parquet", pyarrow.Table.from_pylist([row._asdict() for row in history]))
-        (draft.path / CHECKPOINT).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         return draft.commit({"latents": config.n_latents, "tokens": _n_steps(config) * config.batch_size})
 
 
@@ -153,12 +162,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _train(
-    config: TrainConfig, stream: Stream, state: TrainState, history: list[HistoryRow], draft: Draft
-) -> list[HistoryRow]:
+    config: TrainConfig, stream: Stream, checkpoint: Checkpoint, path: Path
+) -> tuple[TrainState, list[HistoryRow]]:
     settings = kernels.StepSettings(config.k, config.k_aux, config.aux_weight)
     workspace = kernels.Workspace()
     n_steps = _n_steps(config)
-    done = _steps_done(draft.path / CHECKPOINT)
+    done, state, history = checkpoint
     with Progress("train", n_steps * config.batch_size, "token") as progress:
         progress.skip(done * config.batch_size)
         for step in range(done + 1, n_steps + 1):
@@ -175,8 +184,8 @@ def _train(
                 progress.advance(0, fvu=result.fvu, dead=n_dead)
             progress.advance(config.batch_size)
             if step % config.checkpoint_every == 0 and step < n_steps:
-                _save_checkpoint(draft.path / CHECKPOINT, state, history, step)
-    return history
+                save_checkpoint(path, Checkpoint(step, state, history))
+    return state, history
 
 
 def _check_finite(result: kernels.StepResult, step: int, config: TrainConfig) -> None:
@@ -187,7 +196,7 @@ def _check_finite(result: kernels.StepResult, step: int, config: TrainConfig) ->
         )
 
 
-def _initial_state(config: TrainConfig, stream: Stream) -> TrainState:
+def initial_state(config: TrainConfig, stream: Stream) -> TrainState:
     n_batches = max(1, min(ROWS_FOR_MEAN, stream.n_rows) // config.batch_size)
     means = [normalize_rows(stream.batch(i), config.normalize)[0].mean(dim=0) for i in range(n_batches)]
     random = torch.Generator().manual_seed(config.seed)
@@ -203,37 +212,25 @@ def _initial_state(config: TrainConfig, stream: Stream) -> TrainState:
     return TrainState(parameters, moments, torch.zeros(config.n_latents, dtype=torch.int64))
 
 
-def _save_checkpoint(path: Path, state: TrainState, history: list[HistoryRow], step: int) -> None:
-    from safetensors.torch import save_file
-
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write everything that the next step depends on into one file, atomically."""
+    step, state, history = checkpoint
     groups = {"weight": state.parameters, "first": state.moments.first, "second": state.moments.second}
     tensors = {
         f"{group}.{name}": tensor for group, values in groups.items() for name, tensor in values._asdict().items()
     }
     tensors["last_fired"] = state.last_fired
-    metadata = {"step": str(step), "history": json.dumps(history)}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    write_tensors(path, tensors, {"progress": json.dumps({"step": step, "history": history})})
 
 
-def _checkpoint_metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
-
-
-def _steps_done(path: Path) -> int:
-    return int(_checkpoint_metadata(path)["step"]) if path.exists() else 0
-
-
-def _load_checkpoint(path: Path) -> tuple[TrainState, list[HistoryRow]] | None:
-    if not path.exists():
-        return None
+def load_checkpoint(path: Path) -> Checkpoint:
+    """What `save_checkpoint` wrote; the tensors are copies that training may change."""
     tensors = {name: tensor.clone() for name, tensor in read_tensors(path).items()}
+    with safe_open(path, framework="pt") as file:
+        progress = json.loads(file.metadata()["progress"])
 
     def group(prefix: str) -> kernels.Parameters:
         return kernels.Parameters(*(tensors[f"{prefix}.{name}"] for name in kernels.Parameters._fields))
 
     state = TrainState(group("weight"), kernels.Moments(group("first"), group("second")), tensors["last_fired"])
-    return state, [HistoryRow(*row) for row in json.loads(_checkpoint_metadata(path)["history"])]
+    return Checkpoint(progress["step"], state, [HistoryRow(*row) for row in progress["history"]])

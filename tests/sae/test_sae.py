@@ -116,7 +116,7 @@ def test_learning_rate_rises_stays_and_falls(config: train.TrainConfig):
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[10:70] == [1.0] * 60
     assert 0 < rates[-1] < 0.04
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[70:]))
 
 
 @pytest.mark.parametrize(

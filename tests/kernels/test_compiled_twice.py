@@ -1,0 +1,32 @@
+"""A process that compiles the kernels and one that reads them from numba's cache compute the same bits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import hashlib, torch
+from monosemy.kernels import Moments, Parameters, StepSettings, Workspace, train_step
+random = torch.Generator().manual_seed(0)
+directions = torch.nn.functional.normalize(torch.randn(48, 32, generator=random), dim=1)
+parameters = Parameters(directions / 4, torch.zeros(48), directions.clone(), torch.zeros(32))
+moments = Moments(parameters.zeros_like(), parameters.zeros_like())
+dead = torch.arange(48) < 5
+workspace = Workspace()
+for step in range(1, 20):
+    x = torch.randn(128, 32, generator=random)
+    train_step(parameters, moments, x, dead, StepSettings(4, 8), 2e-3, step, workspace)
+print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in (*parameters, *moments.first, *moments.second))).hexdigest())
+"""
+
+
+def test_fresh_and_cached_code_agree_bit_for_bit(tmp_path: Path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    hashes = []
+    for _ in range(2):
+        result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+        hashes.append(result.stdout)
+    assert list(tmp_path.rglob("*.nbc"))  # the second process had something to read
+    assert hashes[0] == hashes[1]
