@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import tyro
 from tyro.conf import Positional
 
+from monosemy.artifact import read_manifest
+from monosemy.latents.labels import open_labels
 from monosemy.llm.checkpoint import load_model
 from monosemy.llm.generate import SamplingSettings, TextStream, generate
 from monosemy.llm.llama import Llama
@@ -76,7 +78,7 @@ def run(config: GenerateConfig) -> None:
 
     sampling = config.sampling()
     sae = load_sae(config.sae) if config.sae is not None else None
-    names = read_labels(config.labels)
+    names = read_labels(config.labels, config.sae)
     taps = steering(sae, [Addition.parse(text) for text in config.steer]) if sae is not None and config.steer else None
     model = load_model(config.model, config.dtype)
     if sae is not None:
@@ -90,13 +92,12 @@ def run(config: GenerateConfig) -> None:
             console.print(explanation_table(model, sae, names, prompt, completion))
 
 
-def read_labels(path: Path | None) -> dict[int, str]:
-    """Latent -> label; empty without a path."""
+def read_labels(path: Path | None, sae: Path | None) -> dict[int, str]:
+    """Latent -> label; empty without a path. Raises `InputError` for the labels of another SAE."""
     if path is None:
         return {}
-    from monosemy.latents.labels import open_labels
-
-    return {label.latent: label.label for label in open_labels(path)}
+    digest = None if sae is None else read_manifest(sae, "sae").digest
+    return {label.latent: label.label for label in open_labels(path, sae_digest=digest)}
 
 
 def stream_to(

@@ -167,7 +167,12 @@ class Choice:
 
 def run(config: DoseConfig) -> Manifest:
     """Make the dose artifact `config.out`."""
-    sae, index, labels = load_sae(config.sae), open_index(config.index), open_labels(config.labels)
+    sae, index = load_sae(config.sae), open_index(config.index)
+    labels = open_labels(config.labels, index.manifest.digest)
+    if index.manifest.parents["sae"] != read_manifest(config.sae, "sae").digest:
+        raise InputError(
+            f"{config.index} is the index of another SAE than {config.sae}: run `monosemy index` on this one"
+        )
     model = load_model(config.model, config.dtype)
     check_fits(sae, model)
     parents = {name: read_manifest(getattr(config, name), name).digest for name in ("sae", "index", "labels")}

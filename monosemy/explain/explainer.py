@@ -63,7 +63,8 @@ class ExplainConfig:
 def run(config: ExplainConfig) -> Manifest:
     """Make the labels artifact `config.out`."""
     index = open_index(config.index)
-    with Draft(config.out, "labels", config, {"index": index.manifest.digest}) as draft:
+    parents = {"index": index.manifest.digest, "sae": index.manifest.parents["sae"]}
+    with Draft(config.out, "labels", config, parents) as draft:
         if draft.complete:
             return read_manifest(config.out, "labels")
         labels = list(explain(index, config))

@@ -39,15 +39,21 @@ def write_labels(draft: Draft, labels: list[Label]) -> None:
     write_table(draft.file(TABLE), pyarrow.table(columns))
 
 
-def open_labels(path: Path, index_digest: str | None = None, verify: bool = False) -> list[Label]:
+def open_labels(
+    path: Path, index_digest: str | None = None, verify: bool = False, sae_digest: str | None = None
+) -> list[Label]:
     """The labels in folder `path`, one per latent, in order.
 
-    Raises `InputError` if it holds none, or if `index_digest` is given and they were made from another index.
+    Raises `InputError` if it holds none, or those of another index than `index_digest`, or SAE than `sae_digest`.
     """
     from pyarrow import parquet
 
     manifest = read_manifest(path, "labels", verify)
     if index_digest is not None and manifest.parents["index"] != index_digest:
         raise InputError(f"{path} explains another index than the one given: run `monosemy explain` on this one")
+    if sae_digest is not None and manifest.parents["sae"] != sae_digest:
+        raise InputError(
+            f"{path} labels the latents of another SAE than the one given: run `monosemy explain` on its index"
+        )
     rows = parquet.read_table(path / TABLE).to_pylist()
     return [Label(**row | {"evidence": json.loads(row["evidence"])}) for row in rows]
