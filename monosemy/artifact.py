@@ -331,6 +331,10 @@ class VerifyConfig:
     paths: Positional[tuple[Path, ...]]
     """Artifact folders, or folders that hold some, for example a run."""
 
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise InputError("no folder was given: name artifacts, or a run that holds some")
+
 
 def run_verify(config: VerifyConfig) -> None:
     """Print a line per artifact that is whole. Raises `InputError` for the first that is not."""
@@ -351,7 +355,7 @@ def _parse_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} has no {MANIFEST}, so it is not a monosemy artifact: check the path") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({error}): remove the folder and make it again") from None

@@ -8,6 +8,7 @@ alone: the SAE knows nothing of them, and the model falls apart without them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -30,10 +31,16 @@ class Addition(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Addition:
         """From `896=+20`. Raises `InputError` for anything else."""
-        match = re.fullmatch(r"\s*(\d+)\s*=\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*", text)
-        if match is None:
-            raise InputError(f"{text!r} is no steering: expected LATENT=STRENGTH, for example 896=+20")
-        return cls(int(match[1]), float(match[2]))
+        match = re.fullmatch(r"\s*(\d+)\s*=\s*(\S+)\s*", text)
+        try:
+            latent, strength = (int(match[1]), float(match[2])) if match else (0, math.nan)
+        except ValueError:
+            strength = math.nan
+        if not math.isfinite(strength):
+            raise InputError(
+                f"{text!r} is no steering: expected LATENT=STRENGTH with a finite number, for example 896=+20"
+            )
+        return cls(latent, strength)
 
     def __str__(self) -> str:
         return f"{self.latent}={self.strength:+g}"

@@ -88,8 +88,10 @@ def test_python_m_and_version():
         (["train", "--activations", "A", "--out", "OUT", "--k", "9000"], "k is 9000, but there are only 8192 latents"),
         (["evaluate", "--sae", "nosuch", "--tokens", "T", "--out", "OUT"], "nosuch is not a folder; expected a 'sae'"),
         (["generate", "Hello", "--steer", "896=+20"], "--steer and --explain need an SAE"),
-        (["generate", "Hello", "--sae", "A", "--steer", "896"], "expected LATENT=STRENGTH, for example 896=.20"),
+        (["generate", "Hello", "--sae", "A", "--steer", "896"], "expected LATENT=STRENGTH with a finite number"),
         (["verify", "nosuch"], "nosuch"),
+        (["verify"], "no folder was given"),
+        (["generate", "Hello", "--labels", "L"], "--labels are shown by --explain: give both"),
     ],
 )  # fmt: skip
 def test_bad_input_is_a_message_and_exit_code_2(arguments, message, tmp_path: Path, monkeypatch, capsys):
@@ -157,7 +159,7 @@ def test_generate_plain_steered_and_explained(tiny_labels: Path, tiny_llama_fold
     sae = ["--sae", str(tiny_labels / "sae")]
     assert main([*base, *sae, "--steer", "5=+0"]) == 0
     assert capsys.readouterr().out == plain
-    assert main([*base, *sae, "--steer", "5=+9", "7=-3.5"]) == 0
+    assert main([*base, *sae, "--steer", "5=+9", "--steer", "7=-3.5"]) == 0
     assert capsys.readouterr().out != plain
     assert main([*base, *sae, "--explain", "--labels", str(tiny_labels / "labels")]) == 0
     explained = capsys.readouterr().out

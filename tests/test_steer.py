@@ -21,9 +21,10 @@ def sae(tiny_run: Path) -> SAE:
 def test_parse():
     assert Addition.parse("896=+20") == Addition(896, 20.0)
     assert Addition.parse(" 3=-1.5 ") == Addition(3, -1.5)
+    assert Addition.parse("3=1e2") == Addition(3, 100.0)
     assert str(Addition(896, 20.0)) == "896=+20"
-    for text in ("896", "=3", "a=3", "896=", "896=x", "896=+2x", "-1=3"):
-        with pytest.raises(InputError, match=r"expected LATENT=STRENGTH, for example 896=\+20"):
+    for text in ("896", "=3", "a=3", "896=", "896=x", "896=+2x", "-1=3", "1=nan", "1=inf"):
+        with pytest.raises(InputError, match=r"expected LATENT=STRENGTH with a finite number, for example 896=\+20"):
             Addition.parse(text)
 
 

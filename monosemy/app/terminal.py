@@ -41,8 +41,8 @@ class GenerateConfig:
     """Model: `smollm2`, a .gguf file, or a Hugging Face folder."""
     sae: Path | None = None
     """SAE, made by `monosemy train`; needed to steer or explain."""
-    steer: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LATENT=STRENGTH")] = ()
-    """What to add to which latent, in units of its activation, for example 896=+20."""
+    steer: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="LATENT=STRENGTH")] = ()
+    """What to add to which latent, in units of its activation, for example 896=+20; may be given several times."""
     explain: bool = False
     """List the latents that fire most on each token of the completion."""
     labels: Path | None = None
@@ -65,6 +65,8 @@ class GenerateConfig:
             raise InputError('no prompt was given: monosemy generate "The delegates gathered at the"')
         if self.sae is None and (self.steer or self.explain):
             raise InputError("--steer and --explain need an SAE: give --sae DIR, made by `monosemy train`")
+        if self.labels is not None and not self.explain:
+            raise InputError("--labels are shown by --explain: give both")
         for text in self.steer:
             Addition.parse(text)
 

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -96,6 +97,8 @@ class DoseConfig:
             raise InputError("give at least one strength and one prompt")
         if self.n_candidates < 1 or self.batch_size < 1:
             raise InputError(f"n_candidates is {self.n_candidates}, batch_size {self.batch_size}; expected at least 1")
+        if not all(math.isfinite(strength) and strength != 0 for strength in self.strengths):
+            raise InputError(f"strengths are {self.strengths}; expected finite numbers other than 0")
         self.sampling()
 
     def sampling(self) -> SamplingSettings:
@@ -201,7 +204,7 @@ def load_choice(path: Path) -> Choice:
 def _candidates(model: Llama, sae: SAE, index: Index, labels: Sequence[Label], config: DoseConfig) -> list[Candidate]:
     """The latents asked for; where none are, the most promising ones."""
     by_latent = {label.latent: label for label in labels if label.label}
-    for latent in config.latents:
+    for latent in map(sae.check_latent, config.latents):
         if latent not in by_latent:
             raise InputError(f"latent {latent} has no label in {config.labels}: choose one that fires")
     if config.latents:

@@ -1,7 +1,7 @@
 """The index's sentences as words: what a label is made of.
 
 1. Tokens are joined to text, and the text is cut into words: a word, a number with its sign, a bracketed remark, or
-   one mark of punctuation. Each token belongs to the word that holds its last character.
+   one mark of punctuation. Each token belongs to the word that holds its last character, white space to the next word.
 2. Words are known by three numbers: their `form` (case-folded), their `family` (forms that differ by an inflection,
    such as protect, protects, protecting, if the plain form occurs too), and their `surface` (as written).
 3. Every form has `classes` it belongs to: years, months, articles, words in -ing. Lists and patterns are below.
@@ -136,7 +136,7 @@ class Lexicon:
         form_of, surface_of = {"": BOUNDARY}, {"": 0}
         form, surface, sentence = [BOUNDARY] * MARGIN, [0] * MARGIN, [-1] * MARGIN
         self.word_of_token = np.full(len(table.ids), -1)
-        """Number of the word each token belongs to, -1 for white space."""
+        """Number of the word each token belongs to, -1 for white space at the end."""
         for number, text in enumerate(texts):
             first, word_ends, word_starts = len(form), [], []
             for match in WORD.finditer(text):
@@ -221,12 +221,14 @@ def _decode(piece: bytes) -> str | None:
 def _words_of(
     token_ends: Int64[np.ndarray, " token"], starts: list[int], ends: list[int], first: int
 ) -> Int64[np.ndarray, " token"]:
-    """The word that holds each token's last character, numbered from `first`; -1 if none does."""
+    """The word that holds each token's last character, else the one after it, numbered from `first`; -1 if there is
+    none. White space is a token of its own before a digit: a latent that fires there speaks of the number."""
     if not starts:
         return np.full(len(token_ends), -1)
-    word = np.searchsorted(starts, token_ends - 1, side="right") - 1
+    following = np.searchsorted(starts, token_ends - 1, side="right")
+    word = following - 1
     inside = (word >= 0) & (np.array(ends)[word] > token_ends - 1)
-    return np.where(inside, word + first, -1)
+    return np.where(inside, word + first, np.where(following < len(starts), following + first, -1))
 
 
 def _families(forms: list[str], counts: Int64[np.ndarray, " form"]) -> Int64[np.ndarray, " form"]:

@@ -52,7 +52,7 @@ def run(config: FeaturesConfig, console: Console | None = None) -> None:
     console = console or Console()
     index = open_index(config.index)
     labels = None if config.labels is None else open_labels(config.labels, index.manifest.digest)
-    if config.query.strip().isdigit():
+    if config.query.strip().removeprefix("-").isdigit():
         latent = index.check_latent(int(config.query))
         show_latent(console, index, latent, None if labels is None else labels[latent])
         return

@@ -120,7 +120,9 @@ def test_texts_do_not_depend_on_what_is_written_side_by_side(config: DoseConfig,
 def test_errors(config: DoseConfig):
     from dataclasses import replace
 
-    with pytest.raises(InputError, match="latent 9999 has no label in .*: choose one that fires"):
+    with pytest.raises(InputError, match=r"strengths are \(nan,\); expected finite numbers"):
+        replace(config, strengths=(float("nan"),))
+    with pytest.raises(InputError, match="latent 9999 does not exist: this SAE has latents 0 to 63"):
         dose.run(replace(config, latents=(9999,)))
     with pytest.raises(InputError, match="give at least one strength and one prompt"):
         replace(config, strengths=())
