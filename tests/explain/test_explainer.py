@@ -65,14 +65,19 @@ def folder(tiny_llama: Llama, tiny_llama_folder: Path, tmp_path_factory: pytest.
 
 
 def planted_sae(model: Llama) -> SAE:
-    """Latent i fires where the token is `PLANTED[i]`, the next on any of `MIXED`, the last nowhere."""
+    """Latent i fires where the token is `PLANTED[i]`, the next on any of `MIXED`, the last nowhere.
+
+    None fires on the bare space before a number, which 32 dimensions would otherwise confuse with one of the words.
+    """
+    space = model.tokenizer.encode("in 1")[1]
     groups = [(word,) for word in PLANTED] + [MIXED]
     W_enc = torch.zeros(len(groups) + 1, model.config.d_model)
     for latent, words in enumerate(groups):
-        ids = torch.tensor([model.tokenizer.encode(word) for word in words])  # (word, 1): each is one token
+        ids = torch.tensor([*(model.tokenizer.encode(word) for word in words), [space]])  # (word, 1): one token each
+        wanted = torch.tensor([1.0] * len(words) + [0.0])
         rows = model.embed(ids)[:, 0]
         rows = rows - rows.mean(dim=1, keepdim=True)
-        W_enc[latent] = torch.linalg.pinv(rows / rows.std(dim=1, correction=0, keepdim=True)).sum(dim=1)
+        W_enc[latent] = torch.linalg.pinv(rows / rows.std(dim=1, correction=0, keepdim=True)) @ wanted
     b_enc = torch.full((len(W_enc),), -0.85)
     parameters = kernels.Parameters(W_enc, b_enc, W_enc.clone(), torch.zeros(model.config.d_model))
     return SAE(SAEConfig(model.config.d_model, len(W_enc), 2, "L0.resid_pre", model.name), parameters)
@@ -221,3 +226,9 @@ def test_queries_that_cannot_be_answered(folder):
         FeaturesConfig(folder / "index", top=0)
     with pytest.raises(InputError, match="n_items is 0"):
         ExplainConfig(folder / "index", folder / "labels", n_items=0)
+
+
+def test_white_space_belongs_to_the_next_word():
+    """Tokens of "in 19 ": in, a bare space, 1, 9, and a space at the end, which belongs to nothing."""
+    ends = np.array([2, 3, 4, 5, 6])
+    assert _words_of(ends, starts=[0, 3], ends=[2, 5], first=7).tolist() == [7, 8, 8, 8, -1]
