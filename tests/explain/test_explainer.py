@@ -14,7 +14,7 @@ from monosemy.artifact import Draft
 from monosemy.explain import explainer
 from monosemy.explain.explainer import ExplainConfig, label_of
 from monosemy.explain.hypotheses import Condition, Corpus, Firing, fit
-from monosemy.explain.lexicon import CLASSES, WORD, Lexicon
+from monosemy.explain.lexicon import CLASSES, WORD, Lexicon, _words_of
 from monosemy.latents import index, query
 from monosemy.latents.labels import open_labels
 from monosemy.latents.query import FeaturesConfig
