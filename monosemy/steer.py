@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from monosemy.llm.sites import Site, Taps
+from monosemy.llm.sites import Edit, Site, Taps
 from monosemy.runtime import InputError
 from monosemy.sae.autoencoder import SAE
 
@@ -46,9 +46,6 @@ class Addition(NamedTuple):
         return f"{self.latent}={self.strength:+g}"
 
 
-Edit = Callable[[Float[Tensor, "batch position d_model"]], Float[Tensor, "batch position d_model"]]
-
-
 def addition_edit(sae: SAE, additions: Sequence[Addition]) -> Edit:
     """The edit of the SAE's site that makes all of `additions`. Raises `InputError` for a latent it does not have."""
     change = torch.zeros(sae.config.d_model)
@@ -60,7 +57,7 @@ def addition_edit(sae: SAE, additions: Sequence[Addition]) -> Edit:
 def vector_edit(sae: SAE, changes: Float[Tensor, "batch d_model"]) -> Edit:
     """Add one vector of the SAE's normalised space to each text of a batch (or one to all)."""
 
-    def edit(hidden: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position d_model"]:
+    def edit(hidden: Float[Tensor, "batch position d_model"], _: Tensor) -> Float[Tensor, "batch position d_model"]:
         rows = hidden.flatten(0, 1)
         _, _, scale = sae.normalize(rows)
         scale = torch.where(sae.is_sink(rows)[:, None], 0.0, scale).view(*hidden.shape[:2], 1)

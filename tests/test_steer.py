@@ -13,6 +13,10 @@ from monosemy.sae.autoencoder import SAE, load_sae
 from monosemy.steer import Addition, addition_edit, steering, vector_edit
 
 
+def ones(hidden: torch.Tensor) -> torch.Tensor:
+    return torch.ones(hidden.shape[:2], dtype=torch.bool)
+
+
 @pytest.fixture
 def sae(tiny_run: Path) -> SAE:
     return load_sae(tiny_run / "sae")
@@ -30,7 +34,7 @@ def test_parse():
 
 def test_adds_the_direction_in_the_rows_own_scale(sae: SAE):
     hidden = torch.randn(2, 3, 32)
-    steered = addition_edit(sae, [Addition(5, 2.0), Addition(9, -1.0)])(hidden)
+    steered = addition_edit(sae, [Addition(5, 2.0), Addition(9, -1.0)])(hidden, ones(hidden))
     rows = hidden.flatten(0, 1)
     expected = rows + 2 * sae.direction(5, rows) - sae.direction(9, rows)
     torch.testing.assert_close(steered.flatten(0, 1), expected)
@@ -45,7 +49,7 @@ def test_strength_0_is_the_plain_model_to_the_last_bit(sae: SAE, tiny_llama: Lla
 def test_sinks_are_left_alone(sae: SAE):
     hidden = torch.randn(1, 4, 32)
     hidden[0, 0] *= 1e6
-    steered = addition_edit(sae, [Addition(5, 3.0)])(hidden)
+    steered = addition_edit(sae, [Addition(5, 3.0)])(hidden, ones(hidden))
     assert torch.equal(steered[0, 0], hidden[0, 0])
     assert (steered[0, 1:] != hidden[0, 1:]).any()
 
@@ -53,8 +57,8 @@ def test_sinks_are_left_alone(sae: SAE):
 def test_each_text_of_a_batch_gets_its_own_vector(sae: SAE):
     hidden = torch.randn(2, 3, 32)
     changes = torch.stack([sae.W_dec[1] * 2, torch.zeros(32)])
-    steered = vector_edit(sae, changes)(hidden)
-    torch.testing.assert_close(steered[0], addition_edit(sae, [Addition(1, 2.0)])(hidden)[0])
+    steered = vector_edit(sae, changes)(hidden, ones(hidden))
+    torch.testing.assert_close(steered[0], addition_edit(sae, [Addition(1, 2.0)])(hidden, ones(hidden))[0])
     assert torch.equal(steered[1], hidden[1])
 
 

@@ -102,42 +102,38 @@ def plan_shards(tokens: TokenFile, shard_tokens: int, seed: int) -> list[np.ndar
     return np.split(order, cuts)
 
 
-class PaddedBatch(NamedTuple):
-    """Sentences of similar length, padded on the right."""
+class PackedBatch(NamedTuple):
+    """Sentences of similar length, one after the other in one row."""
 
     sentences: np.ndarray
-    ids: Int[Tensor, "batch position"]
-    lengths: Int[Tensor, " batch"]
-
-    def real(self) -> Tensor:
-        """(batch, position) bool: where a token is, not padding."""
-        return torch.arange(self.ids.shape[1]) < self.lengths[:, None]
+    ids: Int[Tensor, "1 token"]
+    lengths: Int[Tensor, " sentence"]
 
 
 def length_batches(
     tokens: TokenFile, sentences: Sequence[int] | np.ndarray, batch_tokens: int
-) -> Iterator[PaddedBatch]:
-    """`sentences` from long to short, in padded batches of at most `batch_tokens` tokens, but one sentence at least."""
+) -> Iterator[PackedBatch]:
+    """`sentences` from long to short, in batches of at most `batch_tokens` tokens, but one sentence at least."""
     lengths = tokens.lengths.numpy()
     order = np.asarray(sentences)[np.argsort(-lengths[sentences], kind="stable")]
     start = 0
+    ends = lengths[order].cumsum()
     while start < len(order):
-        longest = int(lengths[order[start]])
-        chosen = order[start : start + max(1, batch_tokens // longest)]
-        start += len(chosen)
-        ids = torch.zeros(len(chosen), longest, dtype=torch.long)
-        for row, sentence in enumerate(chosen):
-            ids[row, : lengths[sentence]] = tokens.sentence(int(sentence))
-        yield PaddedBatch(chosen, ids, torch.from_numpy(lengths[chosen]))
+        before = ends[start] - lengths[order[start]]
+        stop = max(start + 1, int(np.searchsorted(ends, before + batch_tokens, side="right")))
+        chosen = order[start:stop]
+        ids = torch.cat([tokens.sentence(int(sentence)) for sentence in chosen]).long()[None]
+        yield PackedBatch(chosen, ids, torch.from_numpy(lengths[chosen]))
+        start = stop
 
 
 @torch.inference_mode()
-def read_sites(model: Llama, batch: PaddedBatch, sites: list[Site]) -> dict[Site, Float[Tensor, "token d_model"]]:
-    """The activations at `sites` of the batch's real tokens, sentence after sentence. Later layers are not run."""
+def read_sites(model: Llama, batch: PackedBatch, sites: list[Site]) -> dict[Site, Float[Tensor, "token d_model"]]:
+    """The activations at `sites` of the batch's tokens, sentence after sentence. Later layers are not run."""
     taps = Taps(reads=set(sites))
-    model.run_layers(model.embed(batch.ids.to(model.device)), end=max(site.layer for site in sites) + 1, taps=taps)
-    real = batch.real().to(model.device)
-    return {site: taps.values[site][real] for site in sites}
+    end = max(site.layer for site in sites) + 1
+    model.run_layers(model.embed(batch.ids), end=end, taps=taps, lengths=batch.lengths)
+    return {site: taps.values[site][0] for site in sites}
 
 
 def _write_shard(
@@ -157,7 +153,8 @@ def _write_shard(
     rows = {site: torch.empty(len(table.token), model.config.d_model, dtype=dtype) for site in sites}
     for batch in length_batches(tokens, sentences, config.batch_tokens):
         starts = torch.tensor([row_of[sentence] for sentence in batch.sentences.tolist()])
-        places = (starts[:, None] + torch.arange(batch.ids.shape[1]))[batch.real()]
+        within = torch.cat([torch.arange(length) for length in batch.lengths.tolist()])
+        places = starts.repeat_interleave(batch.lengths) + within
         for site, values in read_sites(model, batch, sites).items():
             rows[site][places] = values.to("cpu", dtype)
     for site in sites:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
 
 from monosemy.explain.lexicon import GENERIC
 from monosemy.latents.labels import Label
@@ -100,15 +99,16 @@ def output_scores(model: Llama, sae: SAE, pool: Sequence[Candidate], prompts: Se
     """
     site = Site.parse(sae.config.site)
     texts = [model.tokenizer.encode(prompt) for prompt in prompts]
-    before = model.run_layers(model.embed(pad_right(texts)), end=site.layer)
-    last = torch.tensor([len(text) - 1 for text in texts])
-    rows = torch.arange(len(texts))
+    lengths = torch.tensor([len(text) for text in texts])
+    packed = torch.tensor([[id for text in texts for id in text]])
+    before = model.run_layers(model.embed(packed), end=site.layer, lengths=lengths)
+    last = lengths.cumsum(0) - 1
 
     def next_token(edit: Edit) -> torch.Tensor:
-        hidden = model.run_layers(before, start=site.layer, taps=Taps(edits={site: edit}))
-        return model.unembed(hidden[rows, last][:, None])[:, 0].softmax(dim=-1)
+        hidden = model.run_layers(before, start=site.layer, taps=Taps(edits={site: edit}), lengths=lengths)
+        return model.unembed(hidden[:, last])[0].softmax(dim=-1)
 
-    plain = next_token(lambda hidden: hidden)
+    plain = next_token(lambda hidden, _: hidden)
     scores = []
     with Progress("output scores", len(pool), "latent") as progress:
         for each in pool:
@@ -122,11 +122,3 @@ def output_scores(model: Llama, sae: SAE, pool: Sequence[Candidate], prompts: Se
 
 def _spellings(words: Sequence[str]) -> list[str]:
     return [f" {form}" for word in words for form in (word, word.capitalize(), word.upper())]
-
-
-def pad_right(texts: Sequence[Sequence[int]]) -> Int[torch.Tensor, "text position"]:
-    """Token ids as one tensor, padded on the right, where a causal model needs no mask."""
-    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.tensor(list(text))
-    return ids

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 
 from monosemy.artifact import Draft, Manifest, read_manifest, to_json, unrecorded, write_table, write_text
-from monosemy.explain.candidates import WORD, Candidate, make_candidate, pad_right, rank_candidates
+from monosemy.explain.candidates import WORD, Candidate, make_candidate, rank_candidates
 from monosemy.latents.labels import Label, open_labels
 from monosemy.latents.record import Index, open_index
 from monosemy.llm.checkpoint import load_model
@@ -264,13 +264,16 @@ def _judge(model: Llama, sae: SAE, jobs: Sequence[Job], completions: Sequence[li
         part = slice(start, start + READ_TOGETHER)
         prompts = [model.tokenizer.encode(job.prompt) for job in jobs[part]]
         texts = [prompt + completion for prompt, completion in zip(prompts, completions[part], strict=True)]
-        ids = pad_right(texts)
+        lengths = torch.tensor([len(text) for text in texts])
+        ids = torch.tensor([[id for text in texts for id in text]])
         taps = Taps(reads={site})
-        losses = torch.nn.functional.cross_entropy(model(ids, taps=taps)[:, :-1].mT, ids[:, 1:], reduction="none")
-        for row, (job, prompt, text) in enumerate(zip(jobs[part], prompts, texts, strict=True)):
-            written = slice(len(prompt), len(text))
-            loss = losses[row, len(prompt) - 1 : len(text) - 1]
-            trials.append(_trial(model, sae, job, text[written], taps.values[site][row, written], loss))
+        logits = model(ids, taps=taps, lengths=lengths)[0]
+        losses = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+        first = (lengths.cumsum(0) - lengths).tolist()
+        for start, job, prompt, text in zip(first, jobs[part], prompts, texts, strict=True):
+            written = slice(start + len(prompt), start + len(text))
+            loss = losses[written.start - 1 : written.stop - 1]
+            trials.append(_trial(model, sae, job, text[len(prompt) :], taps.values[site][0, written], loss))
     return trials
 
 

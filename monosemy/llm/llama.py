@@ -10,7 +10,11 @@ One forward pass, on a residual stream (batch, position, d_model):
 The projections that read the same input (queries, keys, values; gate and up) are one matrix each: fewer and larger
 products. `named_weights` shows them under Hugging Face's names.
 
-Papers: Llama (arXiv 2302.13971), grouped-query attention (2305.13245), rotary positions (2104.09864).
+Several texts run together in one of two layouts: padded, (text, position) with a mask, which a cache needs; or packed,
+one row (1, token) with each text's length, where nothing but attention ever computes on padding.
+
+Papers: Llama (arXiv 2302.13971), grouped-query attention (2305.13245), rotary positions (2104.09864), sliding windows
+(Mistral, 2310.06825).
 """
 
 from __future__ import annotations
@@ -50,6 +54,12 @@ class LlamaConfig:
     tied_embeddings: bool
     rope_divisors: tuple[float, ...] | None = None
     """What each of the head_dim / 2 rotary frequencies is divided by (Llama 3.1's scaling); None: by 1."""
+    attention_bias: bool = False
+    """Whether the four projections of attention add a bias."""
+    mlp_bias: bool = False
+    """Whether the three projections of the MLP add a bias."""
+    sliding_window: int | None = None
+    """Attention sees this many tokens, its own among them (Mistral); None: all before it."""
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "vocabulary"):
@@ -61,6 +71,8 @@ class LlamaConfig:
             raise InputError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
         if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
             raise InputError(f"{len(self.rope_divisors)} rotary divisors; expected head_dim / 2 = {self.head_dim // 2}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise InputError(f"the sliding window is {self.sliding_window} tokens; expected at least 1, or none")
 
 
 class KeyValueCache:
@@ -90,6 +102,34 @@ class KeyValueCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+class Packing:
+    """Texts one after the other in one row, and how to lay them out as a padded batch, which attention wants."""
+
+    def __init__(self, lengths: Int[Tensor, " text"], device: torch.device) -> None:
+        self.texts, self.longest, self.tokens = len(lengths), int(lengths.max()), int(lengths.sum())
+        lengths = lengths.to(device)
+        first = lengths.cumsum(0) - lengths
+        self.position = torch.arange(self.tokens, device=device) - first.repeat_interleave(lengths)
+        """(token,): place of each token in its text."""
+        row = torch.arange(self.texts, device=device).repeat_interleave(lengths)
+        self.place = row * self.longest + self.position
+        """(token,): where it lies in the padded batch, flattened."""
+        self.full = self.tokens == self.texts * self.longest
+
+    def pad(self, tokens: Float[Tensor, "1 token *rest"]) -> Float[Tensor, "text position *rest"]:
+        """The padded batch; zeros where no token is."""
+        rest = tokens.shape[2:]
+        if self.full:
+            return tokens.view(self.texts, self.longest, *rest)
+        padded = tokens.new_zeros(self.texts * self.longest, *rest).index_copy(0, self.place, tokens[0])
+        return padded.view(self.texts, self.longest, *rest)
+
+    def unpad(self, padded: Float[Tensor, "text position *rest"]) -> Float[Tensor, "1 token *rest"]:
+        """Its tokens alone, in one row again."""
+        flat = padded.reshape(1, self.texts * self.longest, *padded.shape[2:])
+        return flat if self.full else flat[:, self.place]
+
+
 @dataclass(frozen=True)
 class Positions:
     """What attention must know about where the tokens stand; the same for every layer."""
@@ -102,17 +142,20 @@ class Positions:
     """No padding and nothing before: the plain causal triangle."""
     visible: Tensor | None
     """(batch or 1, 1, position, key position), bool; None: every key, or the causal triangle."""
+    packing: Packing | None = None
+    """Where several texts share one row."""
 
 
 class Linear(nn.Module):
-    """A matrix without bias, whose values are always loaded: PyTorch's own spends seconds on initial ones."""
+    """A matrix, with or without bias, whose values are always loaded: PyTorch's own spends seconds on initial ones."""
 
-    def __init__(self, columns: int, rows: int) -> None:
+    def __init__(self, columns: int, rows: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns))
+        self.bias = nn.Parameter(torch.empty(rows)) if bias else None
 
     def forward(self, x: Float[Tensor, "*batch column"]) -> Float[Tensor, "*batch row"]:
-        return functional.linear(x, self.weight)
+        return functional.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -139,23 +182,26 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-        self.qkv = Linear(config.d_model, rows)
-        self.output = Linear(config.n_heads * config.head_dim, config.d_model)
+        self.qkv = Linear(config.d_model, rows, config.attention_bias)
+        self.output = Linear(config.n_heads * config.head_dim, config.d_model, config.attention_bias)
 
     def forward(
         self, x: Float[Tensor, "batch position d_model"], positions: Positions, cache: KeyValueCache | None
     ) -> Float[Tensor, "batch position d_model"]:
-        batch, length, _ = x.shape
-        heads = self.qkv(x).view(batch, length, -1, self.head_dim)
-        turned = rotate(heads[:, :, : self.n_heads + self.n_kv_heads], positions).transpose(1, 2)
-        queries, keys = turned.split((self.n_heads, self.n_kv_heads), dim=1)
-        values = heads[:, :, self.n_heads + self.n_kv_heads :].transpose(1, 2)
+        heads = self.qkv(x).view(*x.shape[:2], -1, self.head_dim)
+        turned = rotate(heads[:, :, : self.n_heads + self.n_kv_heads], positions)
+        values = heads[:, :, self.n_heads + self.n_kv_heads :]
+        if positions.packing is not None:
+            turned, values = positions.packing.pad(turned), positions.packing.pad(values)
+        queries, keys = turned.transpose(1, 2).split((self.n_heads, self.n_kv_heads), dim=1)
+        values = values.transpose(1, 2)
         if cache is not None:
             keys, values = cache.extend(self.layer, keys, values)
         mixed = functional.scaled_dot_product_attention(
             queries, keys, values, positions.visible, is_causal=positions.causal, enable_gqa=True
         )
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return self.output(mixed if positions.packing is None else positions.packing.unpad(mixed))
 
 
 def rotate(
@@ -172,8 +218,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_up = Linear(config.d_model, 2 * config.d_mlp)
-        self.down = Linear(config.d_mlp, config.d_model)
+        self.gate_up = Linear(config.d_model, 2 * config.d_mlp, config.mlp_bias)
+        self.down = Linear(config.d_mlp, config.d_model, config.mlp_bias)
 
     def forward(self, x: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position d_model"]:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -240,9 +286,10 @@ class Llama(nn.Module):
         taps: Taps | None = None,
         mask: Bool[Tensor, "batch position"] | None = None,
         cache: KeyValueCache | None = None,
+        lengths: Int[Tensor, " text"] | None = None,
     ) -> Float[Tensor, "batch position vocabulary"]:
         """Logits, float32, of the token after each position. Arguments as in `run_layers`."""
-        hidden = self.run_layers(self.embed(ids), taps=taps, mask=mask, cache=cache)
+        hidden = self.run_layers(self.embed(ids), taps=taps, mask=mask, cache=cache, lengths=lengths)
         return self.unembed(hidden)
 
     def embed(self, ids: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_model"]:
@@ -257,20 +304,31 @@ class Llama(nn.Module):
         taps: Taps | None = None,
         mask: Bool[Tensor, "batch position"] | None = None,
         cache: KeyValueCache | None = None,
+        lengths: Int[Tensor, " text"] | None = None,
     ) -> Float[Tensor, "batch position d_model"]:
         """The residual stream after layers `start` to `end` - 1, given the one that enters layer `start`.
 
         Args:
             taps: sites to read and to edit.
-            mask: False where a batch is padded on the left. Padding on the right needs none: attention is causal.
+            mask: False where a batch is padded on the left. Padding on the right needs none for the model (attention
+                is causal), but edits are told of it only by a mask.
             cache: keys and values of the tokens before these; `mask` speaks of the new positions only.
+            lengths: of the texts that are packed, one after the other, in the one row of `hidden`; each sees only
+                itself. Not together with `mask` or `cache`.
 
         Raises:
-            InputError: a site beyond the model, or a cache that is full.
+            InputError: a site beyond the model, a cache that is full, or lengths that do not sum to the row.
         """
+        if lengths is None:
+            positions = self._positions(hidden, mask, cache)
+        else:
+            positions = self._packed_positions(hidden, lengths)
+            assert mask is None, "a packed row has no padding"
+            assert cache is None, "a packed row cannot be cached: pad the texts on the left"
         if taps is not None:
             taps.check(self.config.n_layers, self.name)
-        positions = self._positions(hidden, mask, cache)
+            taps.mask = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask
+            taps.mask = taps.mask.to(self.device)
         for layer in self.layers[start:end]:
             hidden = layer(hidden, positions, taps, cache)
         if cache is not None:
@@ -294,20 +352,19 @@ class Llama(nn.Module):
             named["lm_head.weight"] = self.unembedding.weight.data
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            queries, keys, values = layer.attention.qkv.weight.data.split(sizes)
-            gate, up = layer.mlp.gate_up.weight.data.chunk(2)
-            parts = {
-                "input_layernorm": layer.attention_norm.weight.data,
-                "self_attn.q_proj": queries,
-                "self_attn.k_proj": keys,
-                "self_attn.v_proj": values,
-                "self_attn.o_proj": layer.attention.output.weight.data,
-                "post_attention_layernorm": layer.mlp_norm.weight.data,
-                "mlp.gate_proj": gate,
-                "mlp.up_proj": up,
-                "mlp.down_proj": layer.mlp.down.weight.data,
-            }
-            named |= {f"model.layers.{number}.{part}.weight": tensor for part, tensor in parts.items()}
+            prefix = f"model.layers.{number}."
+            named[prefix + "input_layernorm.weight"] = layer.attention_norm.weight.data
+            named[prefix + "post_attention_layernorm.weight"] = layer.mlp_norm.weight.data
+            for parts, linear, rows in (
+                (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), layer.attention.qkv, sizes),
+                (("self_attn.o_proj",), layer.attention.output, [config.d_model]),
+                (("mlp.gate_proj", "mlp.up_proj"), layer.mlp.gate_up, [config.d_mlp] * 2),
+                (("mlp.down_proj",), layer.mlp.down, [config.d_model]),
+            ):
+                for kind, fused in (("weight", linear.weight), ("bias", linear.bias)):
+                    if fused is not None:
+                        pieces = zip(parts, fused.data.split(rows), strict=True)
+                        named |= {f"{prefix}{part}.{kind}": piece for part, piece in pieces}
         return named
 
     def _positions(self, hidden: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Positions:
@@ -322,15 +379,32 @@ class Llama(nn.Module):
                 cache.padded |= not bool(mask.all())
             mask = cache.real[:, :end] if cache.padded else None
         cosine, sine = self._rotary_tables(end)
+        reaches_all = self.config.sliding_window is None or end <= self.config.sliding_window
+        if mask is None and reaches_all and (before == 0 or length == 1):
+            return Positions(cosine[None, before:end], sine[None, before:end], before == 0 and length > 1, None)
+        visible = causal_triangle(before, end, self.config.sliding_window, self.device)
         if mask is None:
-            visible = None if before == 0 or length == 1 else causal_triangle(before, end, self.device)
-            return Positions(cosine[None, before:end], sine[None, before:end], before == 0 and length > 1, visible)
+            return Positions(cosine[None, before:end], sine[None, before:end], False, visible)
         mask = mask.to(self.device)
         # Padding has no position of its own; it counts as the first, and sees itself, so that no row is empty.
         counted = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, before:]
         itself = torch.eye(end, device=self.device, dtype=torch.bool)[before:]
-        visible = (causal_triangle(before, end, self.device) & mask[:, None, None, :]) | itself
-        return Positions(cosine[counted], sine[counted], False, visible)
+        return Positions(cosine[counted], sine[counted], False, (visible & mask[:, None, None, :]) | itself)
+
+    def _packed_positions(self, hidden: Tensor, lengths: Tensor) -> Positions:
+        """Rotary angles and layout of the texts packed in the one row of `hidden`."""
+        if hidden.shape[0] != 1 or not len(lengths) or int(lengths.min()) < 1 or int(lengths.sum()) != hidden.shape[1]:
+            raise InputError(
+                f"the lengths of packed texts sum to {int(lengths.sum())} and the input has shape "
+                f"{tuple(hidden.shape[:2])}: expected one row of just those texts, none of them empty"
+            )
+        packing = Packing(lengths, self.device)
+        cosine, sine = self._rotary_tables(packing.longest)
+        window, visible = self.config.sliding_window, None
+        if window is not None and packing.longest > window:
+            visible = causal_triangle(0, packing.longest, window, self.device)
+        cosine, sine = cosine[packing.position][None], sine[packing.position][None]
+        return Positions(cosine, sine, visible is None, visible, packing)
 
     def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines (position, 1, head_dim) for at least `length` positions; kept, grown by doubling."""
@@ -350,14 +424,20 @@ def random_llama(config: LlamaConfig, seed: int = 0) -> Llama:
     model, generator = Llama(config), torch.Generator().manual_seed(seed)
     for name, weight in model.named_weights().items():
         if "norm" not in name:
-            weight.normal_(std=config.d_model**-0.5, generator=generator)
+            weight.normal_(std=config.d_model**-0.5, generator=generator)  # biases too
     return model.requires_grad_(False).eval()
 
 
-def causal_triangle(before: int, end: int, device: torch.device) -> Bool[Tensor, "1 1 position key"]:
-    """Which of `end` keys each position from `before` on may see."""
+def causal_triangle(
+    before: int, end: int, window: int | None, device: torch.device
+) -> Bool[Tensor, "1 1 position key"]:
+    """Which of `end` keys each position from `before` on may see: itself and those before it, `window` in all."""
     keys = torch.arange(end, device=device)
-    return (keys <= keys[before:, None])[None, None]
+    queries = keys[before:, None]
+    visible = keys <= queries
+    if window is not None:
+        visible &= keys > queries - window
+    return visible[None, None]
 
 
 def rotary_frequencies(config: LlamaConfig) -> Float[Tensor, " half"]:

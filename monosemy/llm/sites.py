@@ -92,21 +92,27 @@ def check_site(site: Site, n_layers: int, model_name: str = "the model") -> None
         raise InputError(f"{site}: {model_name} has layers 0 to {n_layers - 1}; name one of them")
 
 
+Edit = Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass
 class Taps:
     """Which sites one forward pass reads and which it edits.
 
-    taps = Taps(reads={site}, edits={site: lambda hidden: hidden + direction})
+    taps = Taps(reads={site}, edits={site: lambda hidden, mask: hidden + direction})
     model(ids, taps=taps)
     taps.values[site]   # (batch, position, d_model), after the edit
     """
 
     reads: Iterable[Site] = field(default_factory=set)
-    edits: dict[Site, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    """Each receives its site's tensor (batch, position, d_model) and returns what takes its place. It must not modify
-    the tensor it was given: another site may share it."""
+    edits: dict[Site, Edit] = field(default_factory=dict)
+    """Each receives its site's tensor (batch, position, d_model) and which positions hold a token rather than padding
+    (batch, position), and returns what takes the tensor's place. It must not modify the tensor it was given: another
+    site may share it."""
     values: dict[Site, Tensor] = field(default_factory=dict)
     """What the last forward pass read."""
+    mask: Tensor | None = None
+    """Set by the model: where the last forward pass had tokens."""
 
     def __post_init__(self) -> None:
         self.reads = set(self.reads)
@@ -126,7 +132,8 @@ class Taps:
         return tensor
 
     def _edited(self, site: Site, tensor: Tensor) -> Tensor:
-        replacement = self.edits[site](tensor)
+        assert self.mask is not None, "a model sets the mask before it visits the first site"
+        replacement = self.edits[site](tensor, self.mask)
         if replacement.shape != tensor.shape:
             raise InputError(
                 f"the edit at {site} returned shape {tuple(replacement.shape)}; "

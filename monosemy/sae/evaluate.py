@@ -12,7 +12,6 @@ Every figure comes twice, over all rows and without sinks: see `activations.stor
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from monosemy.activations.capture import PaddedBatch, check_tokenizer, length_batches
+from monosemy.activations.capture import PackedBatch, check_tokenizer, length_batches
 from monosemy.artifact import Draft, Manifest, read_manifest, to_json, unrecorded, write_text
 from monosemy.corpus import TokenFile, open_tokens
 from monosemy.llm.checkpoint import load_model
@@ -242,9 +241,6 @@ class VarianceSums:
         return self.error / self.variance if self.variance > 0 else float("nan")
 
 
-Edit = Callable[[Float[Tensor, "batch position d_model"]], Float[Tensor, "batch position d_model"]]
-
-
 class LossSums:
     """Cross-entropies of the model with the rows at the SAE's site left, reconstructed, or set to zero."""
 
@@ -256,50 +252,49 @@ class LossSums:
         self.sparing: dict[str, float] = dict.fromkeys(self.VARIANTS, 0.0)
         self.n_every = self.n_sparing = 0
 
-    def rows_at_site(self, batch: PaddedBatch) -> Float[Tensor, "row d_model"]:
-        """The real tokens' rows at the SAE's site."""
-        return self._read(self._before_site(batch))[batch.real()]
+    def rows_at_site(self, batch: PackedBatch) -> Float[Tensor, "row d_model"]:
+        """The rows at the SAE's site."""
+        return self._read(self._before_site(batch), batch)
 
-    def add(self, batch: PaddedBatch) -> Float[Tensor, "row d_model"]:
+    def add(self, batch: PackedBatch) -> Float[Tensor, "row d_model"]:
         """Measure every variant on `batch`, and give its rows as `rows_at_site` does."""
         before = self._before_site(batch)
-        values = self._read(before)
-        flat = values.flatten(0, 1)
-        sink = self.sae.is_sink(flat).view(values.shape[:2])
-        reconstruction = self.sae(flat).to(values.dtype).view_as(values)
-        predicts = batch.real()[:, 1:]  # a position predicts if a real token follows
-        counted = predicts & ~sink[:, :-1]
+        rows = self._read(before, batch)
+        sink = self.sae.is_sink(rows)
+        reconstruction = self.sae(rows).to(rows.dtype)
+        predicts = torch.ones(len(rows), dtype=torch.bool)
+        predicts[batch.lengths.cumsum(0) - 1] = False  # nothing follows the last token of a sentence
+        counted = ~sink[predicts]
         replacements = {
-            "original": values,
+            "original": rows,
             "reconstructed": reconstruction,
-            "zero": torch.zeros_like(values),
-            "reconstructed_sparing": torch.where(sink[..., None], values, reconstruction),
-            "zero_sparing": torch.where(sink[..., None], values, 0.0),
+            "zero": torch.zeros_like(rows),
+            "reconstructed_sparing": torch.where(sink[:, None], rows, reconstruction),
+            "zero_sparing": torch.where(sink[:, None], rows, 0.0),
         }
         for name, replacement in replacements.items():
-            loss = self._loss(before, replacement, batch)
-            self.every[name] += loss[predicts].double().sum().item()
-            self.sparing[name] += loss[counted].double().sum().item()
+            loss = self._loss(before, replacement, batch, predicts).double()
+            self.every[name] += loss.sum().item()
+            self.sparing[name] += loss[counted].sum().item()
         self.n_every += int(predicts.sum())
         self.n_sparing += int(counted.sum())
-        return values[batch.real()]
+        return rows
 
-    def _before_site(self, batch: PaddedBatch) -> Tensor:
-        return self.model.run_layers(self.model.embed(batch.ids), end=self.site.layer)
+    def _before_site(self, batch: PackedBatch) -> Float[Tensor, "1 token d_model"]:
+        return self.model.run_layers(self.model.embed(batch.ids), end=self.site.layer, lengths=batch.lengths)
 
-    def _read(self, before: Tensor) -> Tensor:
-        taps = Taps(reads={self.site})
-        self.model.run_layers(before, start=self.site.layer, end=self.site.layer + 1, taps=taps)
-        return taps.values[self.site]
+    def _read(self, before: Tensor, batch: PackedBatch) -> Float[Tensor, "row d_model"]:
+        taps, layer = Taps(reads={self.site}), self.site.layer
+        self.model.run_layers(before, start=layer, end=layer + 1, taps=taps, lengths=batch.lengths)
+        return taps.values[self.site][0]
 
-    def _loss(self, before: Tensor, replacement: Tensor, batch: PaddedBatch) -> Float[Tensor, "batch position"]:
-        taps = Taps(edits={self.site: lambda _: replacement})
-        hidden = self.model.run_layers(before, start=self.site.layer, taps=taps)
-        logits = self.model.unembed(hidden[:, :-1])
-        targets = batch.ids[:, 1:]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(
-            targets
-        )
+    def _loss(self, before: Tensor, rows: Tensor, batch: PackedBatch, predicts: Tensor) -> Float[Tensor, " prediction"]:
+        """The cross-entropy of every next token, with `rows` in place of those at the site."""
+        taps = Taps(edits={self.site: lambda *_: rows[None]})
+        hidden = self.model.run_layers(before, start=self.site.layer, taps=taps, lengths=batch.lengths)
+        logits = self.model.unembed(hidden[:, predicts])[0]
+        targets = batch.ids[0, 1:][predicts[:-1]]
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
     def result(self, sparing_sinks: bool) -> Behaviour:
         sums, n = (self.sparing, self.n_sparing) if sparing_sinks else (self.every, self.n_every)

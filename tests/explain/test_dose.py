@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from monosemy.explain import dose
-from monosemy.explain.candidates import Candidate, concept_words, output_scores, pad_right
+from monosemy.explain.candidates import Candidate, concept_words, output_scores
 from monosemy.explain.dose import DoseConfig, Trial, choose_dose, distinct_pairs, load_choice
 from monosemy.latents.labels import Label
 from monosemy.llm.llama import Llama
@@ -80,10 +80,6 @@ def test_output_score_is_what_a_full_pass_gives(tiny_run: Path, tiny_llama: Llam
             q.append(tiny_llama(ids)[0, -1].softmax(-1)[tokens].sum())
     expected = sum(a * (a / b).log() for a, b in zip(p, q, strict=True)) / 2
     assert output_scores(tiny_llama, sae, [each], prompts) == [pytest.approx(float(expected), rel=1e-3, abs=1e-9)]
-
-
-def test_pad_right():
-    assert pad_right([[1, 2, 3], [4]]).tolist() == [[1, 2, 3], [4, 0, 0]]
 
 
 @pytest.fixture

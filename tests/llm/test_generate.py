@@ -51,7 +51,7 @@ def test_every_token_is_what_a_pass_without_cache_gives(tiny_llama: Llama):
 
 def test_edits_act_on_the_prompt_and_on_every_new_token(tiny_llama: Llama):
     site, direction = Site(0, "resid_post"), 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))
-    taps = Taps(edits={site: lambda hidden: hidden + direction})
+    taps = Taps(edits={site: lambda hidden, _: hidden + direction})
     steered = run(tiny_llama, PROMPTS, GREEDY, taps)
     assert steered != run(tiny_llama, PROMPTS, GREEDY)
     for prompt, continuation in zip(PROMPTS, steered, strict=True):
@@ -148,4 +148,4 @@ def test_prompts_that_cannot_be_continued(tiny_llama: Llama, prompts: list[list[
 
 def test_sites_beyond_the_model_are_refused_at_once(tiny_llama: Llama):
     with pytest.raises(InputError, match=r"L9\.resid_post: .* has layers 0 to 1"):
-        generate(tiny_llama, PROMPTS, GREEDY, Taps(edits={Site(9, "resid_post"): torch.zeros_like}))
+        generate(tiny_llama, PROMPTS, GREEDY, Taps(edits={Site(9, "resid_post"): lambda hidden, _: hidden}))

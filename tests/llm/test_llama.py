@@ -75,6 +75,37 @@ def test_right_padding_needs_no_mask(tiny_llama: Llama):
     torch.testing.assert_close(tiny_llama(IDS)[:, :15], tiny_llama(IDS[:, :15]), atol=1e-5, rtol=1e-5)
 
 
+def windowed(window: int | None) -> Llama:
+    return random_llama(shape(n_layers=2, vocabulary=64, sliding_window=window, attention_bias=True, mlp_bias=True))
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 11])
+@pytest.mark.parametrize("lengths", [(5, 12, 1, 7), (6, 6, 6), (25,)])
+def test_packed_texts_give_what_each_gives_alone(window: int | None, lengths: tuple[int, ...]):
+    model, ids = windowed(window), torch.randint(0, 64, (1, sum(lengths)))
+    packed = model(ids, lengths=torch.tensor(lengths))
+    alone = torch.cat([model(text) for text in ids.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 4, 39])
+def test_cache_and_padding_under_a_sliding_window(window: int):
+    model, ids = windowed(window), torch.randint(0, 64, (2, 40))
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[1, :9] = False
+    cache = model.make_cache(batch=2, capacity=40)
+    parts = [model(ids[:, a:b], mask=mask[:, a:b], cache=cache) for a, b in ((0, 25), (25, 39), (39, 40))]
+    cached = torch.cat(parts, dim=1)
+    torch.testing.assert_close(cached[:1], model(ids[:1]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cached[1:, 9:], model(ids[1:, 9:]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (12, 0), (-1, 13), ()])
+def test_lengths_that_are_not_the_rows(lengths: tuple[int, ...]):
+    with pytest.raises(InputError, match=r"the lengths of packed texts sum to \d+ and the input has shape \(1, 12\)"):
+        windowed(None)(torch.zeros(1, 12, dtype=torch.long), lengths=torch.tensor(lengths, dtype=torch.long))
+
+
 def test_layers_run_in_parts(tiny_llama: Llama):
     hidden = tiny_llama.run_layers(tiny_llama.embed(IDS), end=1)
     logits = tiny_llama.unembed(tiny_llama.run_layers(hidden, start=1))

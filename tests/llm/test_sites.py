@@ -141,7 +141,7 @@ def test_reading_every_point(model: Llama, reference: Reference):
 @pytest.mark.parametrize("site", HOOKED, ids=str)
 def test_editing_every_point(model: Llama, reference: Reference, site: Site):
     values, expected = reference.run(edited=site, amount=0.5)
-    taps = Taps(reads={site}, edits={site: lambda tensor: tensor + 0.5})
+    taps = Taps(reads={site}, edits={site: lambda tensor, _: tensor + 0.5})
     torch.testing.assert_close(model(IDS, taps=taps), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(taps.values[site], values[site], atol=1e-4, rtol=1e-4)  # read after the edit
 
@@ -149,7 +149,7 @@ def test_editing_every_point(model: Llama, reference: Reference, site: Site):
 def test_editing_resid_mid_reaches_both_the_mlp_and_the_stream(model: Llama):
     site = Site(0, "resid_mid")
     reads = {site, Site(0, "mlp_in"), Site(0, "mlp_out"), Site(0, "resid_post")}
-    plain, edited = Taps(reads), Taps(reads, {site: torch.zeros_like})
+    plain, edited = Taps(reads), Taps(reads, {site: lambda tensor, _: torch.zeros_like(tensor)})
     model(IDS, taps=plain)
     model(IDS, taps=edited)
     assert not edited.values[Site(0, "mlp_in")].any()
@@ -157,14 +157,27 @@ def test_editing_resid_mid_reaches_both_the_mlp_and_the_stream(model: Llama):
     assert torch.equal(edited.values[Site(0, "resid_post")], edited.values[Site(0, "mlp_out")])
 
 
+def test_an_edit_is_told_where_tokens_are(model: Llama):
+    masks, site = [], Site(1, "attn_out")
+    taps = Taps(edits={site: lambda tensor, mask: masks.append(mask.clone()) or tensor})
+    padded = torch.ones(IDS.shape, dtype=torch.bool)
+    padded[1, :5] = False
+    model(IDS, taps=taps, mask=padded)
+    model(IDS, taps=taps)
+    model(IDS.reshape(1, -1), taps=taps, lengths=torch.tensor([12, 12]))
+    assert torch.equal(masks[0], padded)
+    assert masks[1].all()
+    assert masks[2].shape == (1, 24)
+
+
 def test_an_edit_keeps_the_model_s_dtype(odd_folder: Path):
     model, site = load_model(odd_folder, dtype="bfloat16"), Site(0, "resid_post")
-    taps = Taps({site}, {site: lambda tensor: tensor.float() + 1})
+    taps = Taps({site}, {site: lambda tensor, _: tensor.float() + 1})
     model(IDS, taps=taps)
     assert taps.values[site].dtype == torch.bfloat16
 
 
 def test_an_edit_of_another_shape(model: Llama):
-    taps = Taps(edits={Site(1, "mlp_out"): lambda tensor: tensor[:, -1]})
+    taps = Taps(edits={Site(1, "mlp_out"): lambda tensor, _: tensor[:, -1]})
     with pytest.raises(InputError, match=r"edit at L1\.mlp_out returned shape \(2, 36\); expected .* \(2, 12, 36\)"):
         model(IDS, taps=taps)
