@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from monosemy.runtime import InputError
+from monosemy.runtime import ALONE, InputError, Ranks
 
 if TYPE_CHECKING:
     import pyarrow
@@ -173,10 +173,13 @@ class Draft:
         if not draft.complete:
             write_text(draft.path / "a.txt", "...")
             draft.commit(rows={"sentences": 1})
+
+    Under `torchrun` every rank enters the draft and commits it, and each writes files of its own in between; the first
+    one owns the folder. It must be one folder for all: on a disk that they share.
     """
 
-    def __init__(self, out: Path, kind: str, config: Any, parents: dict[str, str]) -> None:
-        self.out = out
+    def __init__(self, out: Path, kind: str, config: Any, parents: dict[str, str], ranks: Ranks = ALONE) -> None:
+        self.out, self.ranks = out, ranks
         self.identity = {
             "kind": kind,
             "format_version": FORMAT_VERSION,
@@ -187,10 +190,18 @@ class Draft:
         self.path = out.with_name(out.name + PARTIAL)
 
     def __enter__(self) -> Draft:
+        if self.ranks.number == 0:
+            self._open()
+        self.complete = self.ranks.gather(self.complete)[0]
+        if not self.path.is_dir() and not self.complete:
+            raise InputError(f"rank {self.ranks.number} does not see {self.path}: write to a disk that all ranks share")
+        return self
+
+    def _open(self) -> None:
         if self.out.exists():
             self._check_same_command(read_manifest(self.out, self.identity["kind"]))
             self.complete = True
-            return self
+            return
         for folder in (self.out, self.path):
             if folder.exists() and not folder.is_dir():
                 raise InputError(f"{folder} is a file, but a folder is to be written there: move it, or choose another")
@@ -204,10 +215,9 @@ class Draft:
         except BaseException:
             os.close(self.lock)  # or this process could not try again with other settings
             raise
-        return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if self.complete:
+        if self.complete or self.ranks.number > 0:
             return
         os.close(self.lock)
         if error_type is not None and issubclass(error_type, InputError) and self._is_empty():
@@ -224,12 +234,20 @@ class Draft:
         return path
 
     def commit(self, rows: dict[str, int], facts: dict[str, Any] | None = None) -> Manifest:
-        """Hash every file, write the manifest, and give the folder its final name."""
+        """Hash every file, write the manifest, and give the folder its final name; `rows` and `facts` of the first
+        rank count."""
+        self.ranks.wait()
+        if self.ranks.number == 0:
+            self._commit(rows, facts or {})
+        self.ranks.wait()
+        return read_manifest(self.out, self.identity["kind"])
+
+    def _commit(self, rows: dict[str, int], facts: dict[str, Any]) -> None:
         names = sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file())
         manifest = Manifest(
             **self.identity,
             rows=rows,
-            facts=facts or {},
+            facts=facts,
             files={name: _file_record(self.path / name) for name in names if name not in (IDENTITY, LOCK, MANIFEST)},
             software=software_versions(),
         )
@@ -239,7 +257,6 @@ class Draft:
         _sync(self.path)
         os.replace(self.path, self.out)
         _sync(self.out.parent)
-        return manifest
 
     def _lock(self) -> None:
         self.lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR)

@@ -1,4 +1,4 @@
-"""What every stage needs from the machine: dtype, random streams, progress, and a way to say no.
+"""What every stage needs from the machine: dtype, random streams, ranks, progress, and a way to say no.
 
 Nothing here imports torch at load time, so that `monosemy --help` stays instant.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -52,8 +55,60 @@ def random_stream(*key: int) -> np.random.Generator:
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal. Results go to standard output, everything else comes here."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for the person at the terminal, once for all ranks. Results go to standard output, all else comes here."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks: the processes that `torchrun` starts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """Number of this process among those that `torchrun` started; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class Ranks(NamedTuple):
+    """This process and those it works with."""
+
+    number: int
+    count: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in order, on every rank. Waits for all."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed
+
+        values = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Go on when every rank has come here."""
+        self.gather(None)
+
+
+ALONE = Ranks(0, 1)
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """All ranks under `torchrun`, joined; else `ALONE`. A rank that dies ends the others: `torchrun` sees to it."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield ALONE
+        return
+    import torch.distributed
+
+    # What ranks tell each other here is small and lives on the CPU; one may compute for long before it answers.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield Ranks(torch.distributed.get_rank(), count)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def duration(seconds: float) -> str:
