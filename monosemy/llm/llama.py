@@ -101,6 +101,14 @@ class KeyValueCache:
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def select(self, rows: Int[Tensor, " text"]) -> None:
+        """Keep only the texts `rows`, in that order; the others cost nothing more."""
+        for stored in (self.keys, self.values):
+            stored[:, : len(rows), :, : self.length] = stored[:, rows, :, : self.length]
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+        self.real = self.real[rows]
+        self.padded = not bool(self.real.all())
+
 
 class Packing:
     """Texts one after the other in one row, and how to lay them out as a padded batch, which attention wants."""
@@ -329,14 +337,37 @@ class Llama(nn.Module):
             taps.check(self.config.n_layers, self.name)
             taps.mask = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask
             taps.mask = taps.mask.to(self.device)
-        for layer in self.layers[start:end]:
-            hidden = layer(hidden, positions, taps, cache)
+        stop = len(self.layers) if end is None else end
+        while start < stop:
+            hidden, start = self._run_some(hidden, start, stop, positions, taps, cache)
         if cache is not None:
             cache.length += hidden.shape[1]
         return hidden
 
+    def _run_some(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        positions: Positions,
+        taps: Taps | None,
+        cache: KeyValueCache | None,
+    ) -> tuple[Tensor, int]:
+        """Run layer `start`, or up to `stop` those that `decode` can run at once; says which one is next."""
+        tapped = set() if taps is None else {site.layer for site in (*taps.reads, *taps.edits)}
+        if cache is None or start in tapped or not decodes(hidden):
+            return self.layers[start](hidden, positions, taps, cache), start + 1
+        from monosemy.llm import decode
+
+        stop = min([stop, *(layer for layer in tapped if layer > start)])
+        return decode.run_layers(self, hidden, start, stop, positions, cache), stop
+
     def unembed(self, hidden: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position vocabulary"]:
         """Logits, float32: final norm, then unembedding."""
+        if decodes(hidden):
+            from monosemy.llm import decode
+
+            return decode.unembed(self, hidden)
         return self.unembedding(self.norm(hidden)).float()
 
     def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
@@ -426,6 +457,22 @@ def random_llama(config: LlamaConfig, seed: int = 0) -> Llama:
         if "norm" not in name:
             weight.normal_(std=config.d_model**-0.5, generator=generator)  # biases too
     return model.requires_grad_(False).eval()
+
+
+MOST_DECODED = 16
+"""Texts that `decode` continues together; beyond, the products are PyTorch's business."""
+
+
+def decodes(hidden: Float[Tensor, "batch position d_model"]) -> bool:
+    """Whether `decode` computes what follows: one position of a few texts, on a CPU, without gradients, in a dtype that
+    it reads."""
+    return (
+        hidden.shape[1] == 1
+        and len(hidden) <= MOST_DECODED
+        and hidden.device.type == "cpu"
+        and hidden.dtype in (torch.float32, torch.bfloat16)
+        and not torch.is_grad_enabled()
+    )
 
 
 def causal_triangle(

@@ -1,0 +1,427 @@
+"""One token more for each text, compiled for the CPU: what a step of generation costs when the weights are read once.
+
+At one position per text a layer is a few products of a matrix with a handful of vectors. Reading the matrices is most
+of the work, and PyTorch reads them at a third of the memory's speed and spends as long again between its operations.
+
+1. Threads of Python enter `run_layers_loop` together, outside the interpreter lock; each owns a share of every
+   matrix's rows and of the heads, and they meet at a barrier wherever one needs what another computed.
+2. Weights and cached keys and values stay where PyTorch holds them, float32 or bfloat16; what is computed is float32.
+3. `unembed_loop` does the same for the final product, over the vocabulary.
+
+`llama` is the reference: the same arithmetic, for any number of positions, on any device.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Lock
+from typing import TYPE_CHECKING, Any, cast, no_type_check
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from monosemy.llm.llama import KeyValueCache, Layer, Llama, Positions
+
+MOST_THREADS = 16
+SPINS = 2000
+"""Looks at a barrier before a thread lets others have its core."""
+
+compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"}, error_model="numpy")
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What numba lacks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pointer_to(result: types.Type, size: int) -> Any:
+    """The intrinsic that reads an address as an array of `result`."""
+
+    @intrinsic
+    @no_type_check
+    def read(typing_context, address, index):
+        def generate(context, builder, signature, arguments):
+            kind = ir.IntType(size) if isinstance(result, types.Integer) else context.get_value_type(result)
+            pointer = builder.inttoptr(arguments[0], kind.as_pointer())
+            return builder.load(builder.gep(pointer, [arguments[1]]))
+
+        return result(types.int64, types.int64), generate
+
+    return read
+
+
+def writer_to(value: types.Type, size: int) -> Any:
+    """The intrinsic that writes to an address, as to an array of `value`."""
+
+    @intrinsic
+    @no_type_check
+    def write(typing_context, address, index, item):
+        def generate(context, builder, signature, arguments):
+            kind = ir.IntType(size) if isinstance(value, types.Integer) else context.get_value_type(value)
+            pointer = builder.inttoptr(arguments[0], kind.as_pointer())
+            builder.store(arguments[2], builder.gep(pointer, [arguments[1]]))
+            return context.get_dummy_value()
+
+        return types.none(types.int64, types.int64, value), generate
+
+    return write
+
+
+read_float, read_bits = pointer_to(types.float32, 32), pointer_to(types.uint16, 16)
+write_float, write_bits = writer_to(types.float32, 32), writer_to(types.uint16, 16)
+
+
+@intrinsic
+@no_type_check
+def as_float(typing_context, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+@no_type_check
+def as_bits(typing_context, number):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+@no_type_check
+def multiply_add(typing_context, a, b, c):
+    """a * b + c, fused where the processor can: said outright, since leaving it to the optimiser gives other bits
+    fresh than from the cache."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FloatType()
+        function = builder.module.declare_intrinsic("llvm.fmuladd", [kind], ir.FunctionType(kind, [kind] * 3))
+        return builder.call(function, arguments, fastmath=("reassoc", "nsz"))
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@intrinsic
+@no_type_check
+def arrive(typing_context, address):
+    """Count one more at a barrier."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "seq_cst")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+@no_type_check
+def arrived(typing_context, address):
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "seq_cst", 8)
+
+    return types.int64(types.int64), generate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loops
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+@no_type_check
+def meet(barrier, threads, times):
+    """Wait until every thread has come here for the `times`-th time."""
+    arrive(barrier)
+    spins = 0
+    while arrived(barrier) < threads * times:
+        spins += 1
+        if spins > SPINS:
+            sched_yield()
+
+
+@compiled
+@no_type_check
+def load_row(address, bfloat16, first, row):
+    """row[:] = the elements from `first` on."""
+    if bfloat16:
+        for i in range(len(row)):
+            row[i] = as_float(np.uint32(read_bits(address, first + i)) << np.uint32(16))
+    else:
+        for i in range(len(row)):
+            row[i] = read_float(address, first + i)
+
+
+@compiled
+@no_type_check
+def store_row(address, bfloat16, first, row):
+    """The elements from `first` on = row, rounded to the nearest, ties to even."""
+    for i in range(len(row)):
+        if bfloat16:
+            bits = as_bits(row[i])
+            bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            write_bits(address, first + i, np.uint16(bits >> np.uint32(16)))
+        else:
+            write_float(address, first + i, row[i])
+
+
+@compiled
+@no_type_check
+def dot(a, b):
+    total = np.float32(0)
+    for i in range(len(a)):
+        total = multiply_add(a[i], b[i], total)
+    return total
+
+
+@compiled
+@no_type_check
+def dots(row, x, products):
+    """products[text] = row . x[text]; four texts at a time, so that the row is loaded from the cache once for them."""
+    text = 0
+    while text + 4 <= len(x):
+        first, second, third, fourth = x[text], x[text + 1], x[text + 2], x[text + 3]
+        a = b = c = d = np.float32(0)
+        for i in range(len(row)):
+            a = multiply_add(row[i], first[i], a)
+            b = multiply_add(row[i], second[i], b)
+            c = multiply_add(row[i], third[i], c)
+            d = multiply_add(row[i], fourth[i], d)
+        products[text], products[text + 1], products[text + 2], products[text + 3] = a, b, c, d
+        text += 4
+    while text < len(x):
+        products[text] = dot(row, x[text])
+        text += 1
+
+
+@compiled
+@no_type_check
+def multiply(weight, bias, bfloat16, start, stop, x, added, out):
+    """out[:, start:stop] = x @ weight[start:stop].T (+ bias); on top of what is there if `added`."""
+    row, shift, products = np.empty(x.shape[1], np.float32), np.zeros(1, np.float32), np.empty(len(x), np.float32)
+    for number in range(start, stop):
+        load_row(weight, bfloat16, number * len(row), row)
+        if bias:
+            load_row(bias, bfloat16, number, shift)
+        dots(row, x, products)
+        for text in range(len(x)):
+            value = products[text] + shift[0]
+            out[text, number] = out[text, number] + value if added else value
+
+
+@compiled
+@no_type_check
+def multiply_gated(weight, bias, bfloat16, start, stop, x, out):
+    """out[:, start:stop] = silu(gate) * up, with the rows of `up` below all of those of `gate` in `weight`."""
+    row, shift, products = (
+        np.empty(x.shape[1], np.float32),
+        np.zeros((2, 1), np.float32),
+        np.empty((2, len(x)), np.float32),
+    )
+    for number in range(start, stop):
+        for half in range(2):
+            place = half * out.shape[1] + number
+            load_row(weight, bfloat16, place * len(row), row)
+            if bias:
+                load_row(bias, bfloat16, place, shift[half])
+            dots(row, x, products[half])
+        for text in range(len(x)):
+            gate, up = products[0, text] + shift[0, 0], products[1, text] + shift[1, 0]
+            out[text, number] = gate / (np.float32(1) + np.exp(-gate)) * up
+
+
+@compiled
+@no_type_check
+def normalize(x, weight, bfloat16, epsilon, out):
+    """out = x / rms(x) * weight."""
+    scale = np.empty(x.shape[1], np.float32)
+    load_row(weight, bfloat16, 0, scale)
+    for text in range(len(x)):
+        inverse = np.float32(1) / np.sqrt(dot(x[text], x[text]) / np.float32(len(scale)) + epsilon)
+        for i in range(len(scale)):
+            out[text, i] = x[text, i] * inverse * scale[i]
+
+
+@compiled
+@no_type_check
+def rotate_head(head, cosine, sine):
+    """Turn each pair (i, i + half); the first half of `sine` comes negated."""
+    half = len(head) // 2
+    for i in range(half):
+        first, second = head[i], head[half + i]
+        head[i] = first * cosine[i] + second * sine[i]
+        head[half + i] = second * cosine[half + i] + first * sine[half + i]
+
+
+@compiled
+@no_type_check
+def attend(query, keys, values, bfloat16, offset, begin, end, real, scores, row, out):
+    """out = the values of positions `begin` to `end` - 1 that are `real`, mixed by the softmax of their keys."""
+    scale = np.float32(1) / np.sqrt(np.float32(len(query)))
+    largest = np.float32(-np.inf)
+    for position in range(begin, end):
+        if real[position] or position == end - 1:  # padding sees itself
+            load_row(keys, bfloat16, offset + position * len(query), row)
+            scores[position] = dot(query, row) * scale
+            largest = max(largest, scores[position])
+    total = np.float32(0)
+    out[:] = 0
+    for position in range(begin, end):
+        if real[position] or position == end - 1:
+            weight = np.exp(scores[position] - largest)
+            total += weight
+            load_row(values, bfloat16, offset + position * len(query), row)
+            for i in range(len(out)):
+                out[i] += weight * row[i]
+    out /= total
+
+
+@compiled
+@no_type_check
+def run_layers_loop(thread, threads, barrier, start, stop, weights, shape, epsilon, cached, real, cosine, sine, work):
+    """Layers `start` to `stop` - 1 of work's `hidden`, in place; every thread calls it with its own number.
+
+    weights[layer]: addresses of attention norm, qkv, its bias, output, its bias, MLP norm, gate_up, its bias, down, its
+    bias; 0 where there is none. shape: (bfloat16, heads, kv_heads, head_dim, position, window); cached: addresses of
+    keys and values and the elements of one layer.
+    """
+    hidden, heads, mixed, active = work
+    bfloat16, n_heads, n_kv_heads, head_dim, position, window = shape
+    keys, values, layer_elements, capacity = cached
+    texts, group, times = len(hidden), n_heads // n_kv_heads, 0
+    normed, row, scores = np.empty_like(hidden), np.empty(head_dim, np.float32), np.empty(position + 1, np.float32)
+    first = max(0, position + 1 - window) if window else 0
+
+    for layer in range(start, stop):
+        at = weights[layer]
+        normalize(hidden, at[0], bfloat16, epsilon, normed)
+        rows = heads.shape[1]
+        multiply(at[1], at[2], bfloat16, rows * thread // threads, rows * (thread + 1) // threads, normed, False, heads)
+        times += 1
+        meet(barrier, threads, times)
+
+        for item in range(thread, texts * n_kv_heads, threads):
+            text, shared = item // n_kv_heads, item % n_kv_heads
+            offset = layer * layer_elements + item * capacity * head_dim
+            key = heads[text, (n_heads + shared) * head_dim : (n_heads + shared + 1) * head_dim]
+            value = heads[text, (n_heads + n_kv_heads + shared) * head_dim :][:head_dim]
+            rotate_head(key, cosine[text], sine[text])
+            store_row(keys, bfloat16, offset + position * head_dim, key)
+            store_row(values, bfloat16, offset + position * head_dim, value)
+            for head in range(shared * group, (shared + 1) * group):
+                query = heads[text, head * head_dim : (head + 1) * head_dim]
+                rotate_head(query, cosine[text], sine[text])
+                out = mixed[text, head * head_dim : (head + 1) * head_dim]
+                attend(query, keys, values, bfloat16, offset, first, position + 1, real[text], scores, row, out)
+        times += 1
+        meet(barrier, threads, times)
+
+        rows = hidden.shape[1]
+        begin, end = rows * thread // threads, rows * (thread + 1) // threads
+        multiply(at[3], at[4], bfloat16, begin, end, mixed, True, hidden)
+        times += 1
+        meet(barrier, threads, times)
+
+        normalize(hidden, at[5], bfloat16, epsilon, normed)
+        rows = active.shape[1]
+        multiply_gated(at[6], at[7], bfloat16, rows * thread // threads, rows * (thread + 1) // threads, normed, active)
+        times += 1
+        meet(barrier, threads, times)
+
+        multiply(at[8], at[9], bfloat16, begin, end, active, True, hidden)
+        times += 1
+        meet(barrier, threads, times)
+
+
+@compiled
+@no_type_check
+def unembed_loop(thread, threads, norm, weight, bfloat16, epsilon, hidden, logits):
+    """logits = unembedding of the normed `hidden`; every thread writes its own share of the vocabulary."""
+    normed, rows = np.empty_like(hidden), logits.shape[1]
+    normalize(hidden, norm, bfloat16, epsilon, normed)
+    multiply(weight, 0, bfloat16, rows * thread // threads, rows * (thread + 1) // threads, normed, False, logits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From PyTorch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_layers(
+    model: Llama, hidden: Float[Tensor, "text 1 d_model"], start: int, stop: int, positions: Positions,
+    cache: KeyValueCache,
+) -> Float[Tensor, "text 1 d_model"]:  # fmt: skip
+    """What `Llama.run_layers` gives for layers `start` to `stop` - 1; fills the cache's next position."""
+    config, texts = model.config, len(hidden)
+    sizes = (config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim,
+             config.n_heads * config.head_dim, config.d_mlp)  # fmt: skip
+    work = tuple(np.empty((texts, size), np.float32) for size in sizes)
+    work[0][:] = hidden[:, 0].float().numpy()
+    cosine, sine = (
+        table[:, 0, 0].float().expand(texts, -1).contiguous().numpy() for table in (positions.cosine, positions.sine)
+    )
+    threads, barrier = thread_count(), np.zeros(1, np.int64)
+    shape = (hidden.dtype == torch.bfloat16, config.n_heads, config.n_kv_heads, config.head_dim, cache.length,
+             config.sliding_window or 0)  # fmt: skip
+    cached = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys[0].numel(), cache.capacity)
+    call(
+        threads, run_layers_loop, barrier.ctypes.data, start, stop, addresses(model), shape,
+        np.float32(config.norm_epsilon), cached, cache.real.numpy(), cosine, sine, work,
+    )  # fmt: skip
+    return torch.from_numpy(work[0])[:, None].to(hidden.dtype)
+
+
+def unembed(model: Llama, hidden: Float[Tensor, "text 1 d_model"]) -> Float[Tensor, "text 1 vocabulary"]:
+    """What `Llama.unembed` gives."""
+    logits = np.empty((len(hidden), model.config.vocabulary), np.float32)
+    call(
+        thread_count(), unembed_loop, model.norm.weight.data_ptr(), model.unembedding.weight.data_ptr(),
+        hidden.dtype == torch.bfloat16, np.float32(model.config.norm_epsilon), hidden[:, 0].float().numpy(), logits,
+    )  # fmt: skip
+    return torch.from_numpy(logits)[:, None]
+
+
+def addresses(model: Llama) -> np.ndarray:
+    """Where each layer's tensors are, in the order that `run_layers_loop` wants."""
+    table = []
+    for layer in cast("list[Layer]", list(model.layers)):
+        attention, mlp = layer.attention, layer.mlp
+        row = [layer.attention_norm.weight]
+        row += [attention.qkv.weight, attention.qkv.bias, attention.output.weight, attention.output.bias]
+        row += [layer.mlp_norm.weight]
+        row += [mlp.gate_up.weight, mlp.gate_up.bias, mlp.down.weight, mlp.down.bias]
+        table.append([0 if tensor is None else tensor.data_ptr() for tensor in row])
+    return np.array(table, np.int64)
+
+
+def thread_count() -> int:
+    return min(torch.get_num_threads(), MOST_THREADS)
+
+
+def call(threads: int, loop: Any, *arguments: Any) -> None:
+    """Run `loop(thread, threads, *arguments)` on every thread; this one is the first."""
+    with one_at_a_time:  # two calls, each with some of the threads that both want, would wait for ever
+        others = [pool(os.getpid()).submit(loop, thread, threads, *arguments) for thread in range(1, threads)]
+        loop(0, threads, *arguments)
+        for other in others:
+            other.result()
+
+
+one_at_a_time = Lock()
+
+
+@cache
+def pool(process: int) -> ThreadPoolExecutor:
+    """Threads that wait for work; a forked process needs its own."""
+    return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="decode")
