@@ -294,7 +294,7 @@ def run_layers_loop(thread, threads, barrier, start, stop, weights, shape, epsil
 
     weights[layer]: addresses of attention norm, qkv, its bias, output, its bias, MLP norm, gate_up, its bias, down, its
     bias; 0 where there is none. shape: (bfloat16, heads, kv_heads, head_dim, position, window); cached: addresses of
-    keys and values and the elements of one layer.
+    keys and values, elements from one layer to the next, and positions of a text.
     """
     hidden, heads, mixed, active = work
     bfloat16, n_heads, n_kv_heads, head_dim, position, window = shape
@@ -374,7 +374,7 @@ def run_layers(
     threads, barrier = thread_count(), np.zeros(1, np.int64)
     shape = (hidden.dtype == torch.bfloat16, config.n_heads, config.n_kv_heads, config.head_dim, cache.length,
              config.sliding_window or 0)  # fmt: skip
-    cached = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys[0].numel(), cache.capacity)
+    cached = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.stride(0), cache.capacity)
     call(
         threads, run_layers_loop, barrier.ctypes.data, start, stop, addresses(model), shape,
         np.float32(config.norm_epsilon), cached, cache.real.numpy(), cosine, sine, work,

@@ -63,6 +63,19 @@ def test_padding_on_the_left(calls: list[object]):
     assert calls
 
 
+def test_texts_that_end_leave_the_cache(calls: list[object]):
+    model, ids = model_of(), torch.randint(0, 77, (4, 20))
+    with torch.inference_mode():
+        cache = model.make_cache(4, 20)
+        model(ids[:, :8], cache=cache)
+        cache.select(torch.tensor([0, 2, 3]))
+        model(ids[[0, 2, 3], 8:9], cache=cache)
+        cache.select(torch.tensor([1]))
+        logits = torch.cat([model(ids[2:3, at : at + 1], cache=cache) for at in range(9, 20)], dim=1)
+        torch.testing.assert_close(logits, model(ids[2:3])[:, 9:], atol=1e-5, rtol=1e-5)
+    assert calls
+
+
 def test_bfloat16_is_no_further_from_float32_than_pytorch(calls: list[object], monkeypatch: pytest.MonkeyPatch):
     model, ids = model_of(torch.bfloat16), torch.randint(0, 77, (4, 40))
     with torch.inference_mode():
