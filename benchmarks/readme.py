@@ -7,23 +7,63 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import demo
+from pairs import RESULTS
 
 ROOT = Path(__file__).parents[1]
 
 
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def source(*names: str) -> str:
+    """Which programs, machine and commit the figures are from."""
+    results = [load(name) for name in names]
+    machine, programs = results[0]["machine"], ", ".join(f"`benchmarks/{name}.py`" for name in names)
+    commits = ", ".join(dict.fromkeys(result["commit"] for result in results))
+    return (
+        f"{programs} on {machine['cores']} cores "
+        f"({machine['processor']}, {', '.join(machine['features'])}, {machine['memory_gib']:.0f} GiB), commit {commits}."
+    )
+
+
+def demo_table() -> str:
+    rows = "\n".join(f"| {what} | {asked} | {measured} |" for what, asked, measured in demo.table(load("demo")))
+    return f"| the demo | aim | measured |\n|---|---|---|\n{rows}\n\n{source('demo')}"
+
+
+def speed_table() -> str:
+    """Pairs run in turn against `transformers`."""
+    capture, generate = load("capture"), load("generate")
+    rows = ["| SmolLM2, tokens per second | monosemy | transformers | ratio |", "|---|---|---|---|"]
+    for dtype in ("float32", "bfloat16"):
+        pair = capture[f"transformers_{dtype}"]
+        rows.append(
+            f"| activations at L24, bfloat16 against {dtype} | {pair['ours']:,.0f} | {pair['theirs']:,.0f} | "
+            f"{pair['ratio']:.1f} |"
+        )
+    for dtype in ("float32", "bfloat16"):
+        for batch in (1, 8):
+            pair = generate[f"{dtype}_{batch}"]
+            what = f"greedy generation, {dtype}, {batch} prompt{'s' * (batch > 1)}"
+            rows.append(f"| {what} | {pair['ours']:.0f} | {pair['theirs']:.0f} | {pair['ratio']:.1f} |")
+    share = capture["bound"]["share"]
+    bound = f"Capture reaches {share:.0%} of what this machine's matrix products alone would allow. "
+    return "\n".join(rows) + f"\n\n{bound}{source('capture', 'generate')}"
+
+
+TABLES = {"demo": demo_table, "speed": speed_table}
+
+
 def with_tables(readme: str) -> str:
     """The README's text with every table made anew from its result file."""
-    result = json.loads(demo.RESULT.read_text(encoding="utf-8"))
-    machine = result["machine"]
-    rows = "\n".join(f"| {what} | {asked} | {measured} |" for what, asked, measured in demo.table(result))
-    source = (
-        f"`benchmarks/demo.py` on {machine['cores']} cores ({machine['processor']}, "
-        f"{', '.join(machine['features'])}, {machine['memory_gib']:.0f} GiB), commit {result['commit']}."
-    )
-    table = f"| the demo | aim | measured |\n|---|---|---|\n{rows}\n\n{source}"
-    return re.sub(r"(?s)(<!-- demo-table -->\n).*?(<!-- /demo-table -->)", rf"\g<1>{table}\n\g<2>", readme)
+    for name, table in TABLES.items():
+        marks = rf"(?s)(<!-- {name}-table -->\n).*?(<!-- /{name}-table -->)"
+        readme = re.sub(marks, lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", readme)
+    return readme
 
 
 if __name__ == "__main__":

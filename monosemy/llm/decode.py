@@ -29,7 +29,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from monosemy.llm.llama import KeyValueCache, Layer, Llama, Positions
+    from monosemy.llm.layout import KeyValueCache, Positions
+    from monosemy.llm.llama import Layer, Llama
 
 MOST_THREADS = 16
 SPINS = 2000

@@ -10,8 +10,7 @@ One forward pass, on a residual stream (batch, position, d_model):
 The projections that read the same input (queries, keys, values; gate and up) are one matrix each: fewer and larger
 products. `named_weights` shows them under Hugging Face's names.
 
-Several texts run together in one of two layouts: padded, (text, position) with a mask, which a cache needs; or packed,
-one row (1, token) with each text's length, where nothing but attention ever computes on padding.
+Several texts run together padded or packed (`layout.py`).
 
 Papers: Llama (arXiv 2302.13971), grouped-query attention (2305.13245), rotary positions (2104.09864), sliding windows
 (Mistral, 2310.06825).
@@ -28,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from monosemy.llm.layout import KeyValueCache, Packing, Positions, packed_positions, padded_positions
 from monosemy.llm.sites import Taps
 from monosemy.runtime import InputError
 
@@ -73,85 +73,6 @@ class LlamaConfig:
             raise InputError(f"{len(self.rope_divisors)} rotary divisors; expected head_dim / 2 = {self.head_dim // 2}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise InputError(f"the sliding window is {self.sliding_window} tokens; expected at least 1, or none")
-
-
-class KeyValueCache:
-    """Keys and values of the tokens so far, so that each new token costs one position.
-
-    Every layer writes at `length`; the model moves `length` on once the last layer is done.
-    """
-
-    def __init__(self, config: LlamaConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.real = torch.ones(batch, capacity, device=device, dtype=torch.bool)
-        """Which positions hold a token rather than padding."""
-        self.padded = False
-        self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of `layer`; return all of its keys and values so far."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def select(self, rows: Int[Tensor, " text"]) -> None:
-        """Keep only the texts `rows`, in that order; the others cost nothing more."""
-        for stored in (self.keys, self.values):
-            stored[:, : len(rows), :, : self.length] = stored[:, rows, :, : self.length]
-        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
-        self.real = self.real[rows]
-        self.padded = not bool(self.real.all())
-
-
-class Packing:
-    """Texts one after the other in one row, and how to lay them out as a padded batch, which attention wants."""
-
-    def __init__(self, lengths: Int[Tensor, " text"], device: torch.device) -> None:
-        self.texts, self.longest, self.tokens = len(lengths), int(lengths.max()), int(lengths.sum())
-        lengths = lengths.to(device)
-        first = lengths.cumsum(0) - lengths
-        self.position = torch.arange(self.tokens, device=device) - first.repeat_interleave(lengths)
-        """(token,): place of each token in its text."""
-        row = torch.arange(self.texts, device=device).repeat_interleave(lengths)
-        self.place = row * self.longest + self.position
-        """(token,): where it lies in the padded batch, flattened."""
-        self.full = self.tokens == self.texts * self.longest
-
-    def pad(self, tokens: Float[Tensor, "1 token *rest"]) -> Float[Tensor, "text position *rest"]:
-        """The padded batch; zeros where no token is."""
-        rest = tokens.shape[2:]
-        if self.full:
-            return tokens.view(self.texts, self.longest, *rest)
-        padded = tokens.new_zeros(self.texts * self.longest, *rest).index_copy(0, self.place, tokens[0])
-        return padded.view(self.texts, self.longest, *rest)
-
-    def unpad(self, padded: Float[Tensor, "text position *rest"]) -> Float[Tensor, "1 token *rest"]:
-        """Its tokens alone, in one row again."""
-        flat = padded.reshape(1, self.texts * self.longest, *padded.shape[2:])
-        return flat if self.full else flat[:, self.place]
-
-
-@dataclass(frozen=True)
-class Positions:
-    """What attention must know about where the tokens stand; the same for every layer."""
-
-    cosine: Tensor
-    """(batch or 1, position, 1, head_dim)"""
-    sine: Tensor
-    """(batch or 1, position, 1, head_dim), its first half negated."""
-    causal: bool
-    """No padding and nothing before: the plain causal triangle."""
-    visible: Tensor | None
-    """(batch or 1, 1, position, key position), bool; None: every key, or the causal triangle."""
-    packing: Packing | None = None
-    """Where several texts share one row."""
 
 
 class Linear(nn.Module):
@@ -327,10 +248,11 @@ class Llama(nn.Module):
         Raises:
             InputError: a site beyond the model, a cache that is full, or lengths that do not sum to the row.
         """
+        window = self.config.sliding_window
         if lengths is None:
-            positions = self._positions(hidden, mask, cache)
+            positions = padded_positions(hidden, mask, cache, window, self._rotary_tables)
         else:
-            positions = self._packed_positions(hidden, lengths)
+            positions = packed_positions(hidden, lengths, window, self._rotary_tables)
             assert mask is None, "a packed row has no padding"
             assert cache is None, "a packed row cannot be cached: pad the texts on the left"
         if taps is not None:
@@ -372,7 +294,9 @@ class Llama(nn.Module):
 
     def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
         """An empty cache for `batch` texts of at most `capacity` tokens, padding included."""
-        return KeyValueCache(self.config, batch, capacity, self.device, self.dtype)
+        config = self.config
+        shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
+        return KeyValueCache(shape, self.device, self.dtype)
 
     def named_weights(self) -> dict[str, Tensor]:
         """Every weight under its Hugging Face name: views of the fused matrices, so writing one changes the model."""
@@ -397,45 +321,6 @@ class Llama(nn.Module):
                         pieces = zip(parts, fused.data.split(rows), strict=True)
                         named |= {f"{prefix}{part}.{kind}": piece for part, piece in pieces}
         return named
-
-    def _positions(self, hidden: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Positions:
-        """Rotary angles and visibility for the new positions of `hidden`, after those in `cache`."""
-        length, before = hidden.shape[1], 0 if cache is None else cache.length
-        end = before + length
-        if cache is not None:
-            if end > cache.capacity:
-                raise InputError(f"{end} tokens do not fit in a cache of {cache.capacity}: make a larger one")
-            if mask is not None:
-                cache.real[:, before:end] = mask.to(self.device)
-                cache.padded |= not bool(mask.all())
-            mask = cache.real[:, :end] if cache.padded else None
-        cosine, sine = self._rotary_tables(end)
-        reaches_all = self.config.sliding_window is None or end <= self.config.sliding_window
-        if mask is None and reaches_all and (before == 0 or length == 1):
-            return Positions(cosine[None, before:end], sine[None, before:end], before == 0 and length > 1, None)
-        visible = causal_triangle(before, end, self.config.sliding_window, self.device)
-        if mask is None:
-            return Positions(cosine[None, before:end], sine[None, before:end], False, visible)
-        mask = mask.to(self.device)
-        # Padding has no position of its own; it counts as the first, and sees itself, so that no row is empty.
-        counted = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, before:]
-        itself = torch.eye(end, device=self.device, dtype=torch.bool)[before:]
-        return Positions(cosine[counted], sine[counted], False, (visible & mask[:, None, None, :]) | itself)
-
-    def _packed_positions(self, hidden: Tensor, lengths: Tensor) -> Positions:
-        """Rotary angles and layout of the texts packed in the one row of `hidden`."""
-        if hidden.shape[0] != 1 or not len(lengths) or int(lengths.min()) < 1 or int(lengths.sum()) != hidden.shape[1]:
-            raise InputError(
-                f"the lengths of packed texts sum to {int(lengths.sum())} and the input has shape "
-                f"{tuple(hidden.shape[:2])}: expected one row of just those texts, none of them empty"
-            )
-        packing = Packing(lengths, self.device)
-        cosine, sine = self._rotary_tables(packing.longest)
-        window, visible = self.config.sliding_window, None
-        if window is not None and packing.longest > window:
-            visible = causal_triangle(0, packing.longest, window, self.device)
-        cosine, sine = cosine[packing.position][None], sine[packing.position][None]
-        return Positions(cosine, sine, visible is None, visible, packing)
 
     def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines (position, 1, head_dim) for at least `length` positions; kept, grown by doubling."""
@@ -473,18 +358,6 @@ def decodes(hidden: Float[Tensor, "batch position d_model"]) -> bool:
         and hidden.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_grad_enabled()
     )
-
-
-def causal_triangle(
-    before: int, end: int, window: int | None, device: torch.device
-) -> Bool[Tensor, "1 1 position key"]:
-    """Which of `end` keys each position from `before` on may see: itself and those before it, `window` in all."""
-    keys = torch.arange(end, device=device)
-    queries = keys[before:, None]
-    visible = keys <= queries
-    if window is not None:
-        visible &= keys > queries - window
-    return visible[None, None]
 
 
 def rotary_frequencies(config: LlamaConfig) -> Float[Tensor, " half"]:
