@@ -9,7 +9,8 @@ import torch
 from pairs import keep, measure_pair, transformers_smollm2
 
 from monosemy.llm.checkpoint import load_model
-from monosemy.llm.generate import SamplingSettings, generate
+from monosemy.llm.generate import generate
+from monosemy.llm.sampling import SamplingSettings
 
 PROMPT_TOKENS = 16
 

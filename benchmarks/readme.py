@@ -25,8 +25,8 @@ def source(*names: str) -> str:
     machine, programs = results[0]["machine"], ", ".join(f"`benchmarks/{name}.py`" for name in names)
     commits = ", ".join(dict.fromkeys(result["commit"] for result in results))
     return (
-        f"{programs} on {machine['cores']} cores "
-        f"({machine['processor']}, {', '.join(machine['features'])}, {machine['memory_gib']:.0f} GiB), commit {commits}."
+        f"{programs} on {machine['cores']} cores ({machine['processor']}, "
+        f"{', '.join(machine['features'])}, {machine['memory_gib']:.0f} GiB), commit {commits}."
     )
 
 

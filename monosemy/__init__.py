@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from monosemy.latents.labels import open_labels
     from monosemy.latents.record import open_index
     from monosemy.llm.checkpoint import load_model
-    from monosemy.llm.generate import SamplingSettings, generate
+    from monosemy.llm.generate import Piece, generate, generate_text
+    from monosemy.llm.sampling import SamplingSettings
     from monosemy.llm.sites import Site, Taps
     from monosemy.runtime import InputError
     from monosemy.sae.autoencoder import SAE, load_sae
@@ -27,11 +28,13 @@ except PackageNotFoundError:  # running from a source tree that was never instal
 _HOMES = {
     "Addition": "steer",
     "InputError": "runtime",
+    "Piece": "llm.generate",
     "SAE": "sae.autoencoder",
-    "SamplingSettings": "llm.generate",
+    "SamplingSettings": "llm.sampling",
     "Site": "llm.sites",
     "Taps": "llm.sites",
     "generate": "llm.generate",
+    "generate_text": "llm.generate",
     "load_model": "llm.checkpoint",
     "load_sae": "sae.autoencoder",
     "open_activations": "activations.store",
@@ -42,8 +45,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "SAE", "Addition", "InputError", "SamplingSettings", "Site", "Taps", "generate", "load_model", "load_sae",
-    "open_activations", "open_index", "open_labels", "open_tokens", "steering",
+    "SAE", "Addition", "InputError", "Piece", "SamplingSettings", "Site", "Taps", "generate", "generate_text",
+    "load_model", "load_sae", "open_activations", "open_index", "open_labels", "open_tokens", "steering",
 ]  # fmt: skip
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pyarrow
     import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever a reader of the old format would misread the new one."""
 
 PARTIAL = ".partial"
@@ -69,6 +69,10 @@ class Manifest:
         content = dataclasses.asdict(self)
         del content["software"]
         return hashlib.sha256(to_json(content).encode()).hexdigest()
+
+    def to_text(self) -> str:
+        """The content of `manifest.json`: the fields, and their own hash."""
+        return to_json({**vars(self), "sha256": hashlib.sha256(to_json(self).encode()).hexdigest()})
 
 
 def to_json(value: Any) -> str:
@@ -199,7 +203,7 @@ class Draft:
 
     def _open(self) -> None:
         if self.out.exists():
-            self._check_same_command(read_manifest(self.out, self.identity["kind"]))
+            self.check_same_command(read_manifest(self.out, self.identity["kind"]))
             self.complete = True
             return
         for folder in (self.out, self.path):
@@ -251,7 +255,7 @@ class Draft:
             files={name: _file_record(self.path / name) for name in names if name not in (IDENTITY, LOCK, MANIFEST)},
             software=software_versions(),
         )
-        write_text(self.path / MANIFEST, to_json(manifest))
+        write_text(self.path / MANIFEST, manifest.to_text())
         (self.path / IDENTITY).unlink()
         (self.path / LOCK).unlink()
         _sync(self.path)
@@ -272,14 +276,14 @@ class Draft:
         if identity.exists():
             self._refuse_difference(json.loads(identity.read_text(encoding="utf-8")), f"{self.path} was started")
         elif (self.path / MANIFEST).exists():  # killed in `commit`, just before the rename
-            self._check_same_command(_parse_manifest(self.path))
+            self.check_same_command(parse_manifest(self.path))
         elif any(item.name not in (LOCK, IDENTITY + ".tmp") for item in self.path.iterdir()):
             raise InputError(f"{self.path} holds files that no monosemy command wrote: choose another --out")
         for half_written in self.path.rglob("*.tmp"):
             half_written.unlink()
         write_text(identity, to_json(self.identity))
 
-    def _check_same_command(self, manifest: Manifest) -> None:
+    def check_same_command(self, manifest: Manifest) -> None:
         found = {name: getattr(manifest, name) for name in self.identity}
         self._refuse_difference(found, f"{self.out} was made")
 
@@ -332,7 +336,7 @@ def read_manifest(path: Path, kind: str, verify: bool = False) -> Manifest:
         if partial.is_dir():
             raise InputError(f"{path} is not complete: run the command that makes it again, it goes on in {partial}")
         raise InputError(f"{path} is not a folder; expected {_article(kind)} artifact, made by a monosemy command")
-    manifest = _parse_manifest(path)
+    manifest = parse_manifest(path)
     if manifest.kind != kind:
         raise InputError(f"{path} holds {_article(manifest.kind)} artifact; expected {_article(kind)} artifact")
     problems = _problems(path, manifest, verify)
@@ -358,7 +362,7 @@ def run_verify(config: VerifyConfig) -> None:
     for path in config.paths:
         found = [path] if (path / MANIFEST).exists() else sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
         for folder in found or [path]:
-            kind = _parse_manifest(folder).kind
+            kind = parse_manifest(folder).kind
             manifest = read_manifest(folder, kind, verify=True)
             size = sum(record["bytes"] for record in manifest.files.values())
             print(f"{folder}: {_article(kind)} artifact, {len(manifest.files)} files, {size / 1e6:.1f} MB, whole")
@@ -368,7 +372,8 @@ def _article(kind: str) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind!r}"
 
 
-def _parse_manifest(path: Path) -> Manifest:
+def parse_manifest(path: Path) -> Manifest:
+    """What the manifest in folder `path` says, of whatever kind. Raises `InputError` if it is none."""
     file = path / MANIFEST
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -377,8 +382,10 @@ def _parse_manifest(path: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({error}): remove the folder and make it again") from None
     names = {field.name for field in dataclasses.fields(Manifest)}
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION or set(content) != names:
-        found = content.get("format_version") if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    content.pop("sha256", None)  # `verify` compares it
+    found = content.get("format_version")
+    if found != FORMAT_VERSION or set(content) != names:
         raise InputError(f"{file} has format version {found}; this monosemy reads {FORMAT_VERSION}: make it again")
     return Manifest(**content)
 
@@ -394,6 +401,8 @@ def _problems(path: Path, manifest: Manifest, verify: bool) -> list[str]:
         elif verify and _file_record(file) != record:
             problems.append(f"{name} has changed (its SHA-256 differs)")
     if verify:
+        if (path / MANIFEST).read_bytes() != manifest.to_text().encode():
+            problems.append(f"{MANIFEST} has changed (it does not agree with its own SHA-256)")
         present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
         problems += [f"{name} does not belong to it" for name in sorted(present - set(manifest.files) - {MANIFEST})]
     return problems

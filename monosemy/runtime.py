@@ -55,7 +55,7 @@ def random_stream(*key: int) -> np.random.Generator:
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal, once for all ranks. Results go to standard output, all else comes here."""
+    """One line for the person at the terminal, once for all ranks. Results go to standard output, all else here."""
     if rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
@@ -133,18 +133,20 @@ class Progress:
     with Progress("capture", total=18_000, unit="token") as progress:
         progress.advance(512)
         progress.advance(512, fvu=0.2)   # facts to show beside the bar
+
+    A `total` of None is not known before the end.
     """
 
     SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = self.done_at_start = 0
         self.facts = ""
 
     def __enter__(self) -> Progress:
         self.start = self.last_line = time.monotonic()
-        self.bar = self._terminal_bar() if sys.stderr.isatty() else None
+        self.bar = self._terminal_bar() if sys.stderr.isatty() and rank() == 0 else None
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
@@ -174,6 +176,9 @@ class Progress:
     def _print_line(self) -> None:
         self.last_line = time.monotonic()
         rate = (self.done - self.done_at_start) / max(self.last_line - self.start, 1e-9)
+        if self.total is None:
+            say(f"{self.title}: {count(self.done)} {self.unit}s, {count(rate)} {self.unit}s/s{self.facts}")
+            return
         left = duration((self.total - self.done) / rate) if rate else "unknown time"
         percent = 100 * self.done / max(self.total, 1)
         say(

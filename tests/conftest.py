@@ -23,7 +23,9 @@ TINY = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim":
 @pytest.fixture(scope="session")
 def smollm2() -> Llama:
     """The real SmolLM2-135M-Instruct in float32."""
-    return load_model("smollm2", dtype="float32")
+    model = load_model("smollm2", dtype="float32", device="cpu")
+    assert isinstance(model, Llama)
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +71,9 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory, smollm2_tokenize
 @pytest.fixture(scope="session")
 def tiny_llama(tiny_llama_folder: Path) -> Llama:
     """The model in `tiny_llama_folder`, in float32."""
-    return load_model(str(tiny_llama_folder), dtype="float32")
+    model = load_model(str(tiny_llama_folder), dtype="float32", device="cpu")
+    assert isinstance(model, Llama)
+    return model
 
 
 def _random_weights() -> dict[str, torch.Tensor]:
@@ -146,3 +150,41 @@ def tiny_labels(tiny_run: Path, tiny_llama_folder: Path) -> Path:
     )  # fmt: skip
     explainer.run(explainer.ExplainConfig(index=tiny_run / "index", out=tiny_run / "labels"))
     return tiny_run
+
+
+@pytest.fixture
+def capture_config(tiny_run: Path, tiny_llama_folder: Path, tiny_llama: Llama, tmp_path: Path, monkeypatch):
+    """What made the activations of `tiny_run`, five shards, to be made elsewhere; the model is loaded once for all."""
+    from monosemy.activations import capture
+
+    load = capture.load_model
+
+    def loaded(name, dtype, device):
+        return tiny_llama if device.type == "cpu" else load(name, dtype, device)
+
+    monkeypatch.setattr(capture, "load_model", loaded)
+    return capture.CaptureConfig(
+        tokens=tiny_run / "tokens", out=tmp_path / "activations", model=str(tiny_llama_folder), dtype="float32",
+        sites=("L1.resid_post",), stored_as="float32", shard_tokens=1000, batch_tokens=256,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def stopped_capture(monkeypatch):
+    """`stopped_capture(config, 2)`: a capture that a person stops before its shard number 2."""
+    from monosemy.activations import capture
+
+    compute = capture.ShardMaker.compute
+
+    def stopped(config: capture.CaptureConfig, shard: int) -> None:
+        def stop(maker, number, *rest):
+            if number == shard:
+                raise KeyboardInterrupt
+            return compute(maker, number, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(capture.ShardMaker, "compute", stop)
+            with pytest.raises(KeyboardInterrupt):
+                capture.run(config)
+
+    return stopped

@@ -16,7 +16,7 @@ FLOORS = (
     ("runtime", "artifact"),
     ("kernels",),
     ("llm",),
-    ("corpus", "documents"),
+    ("corpus", "documents", "selection", "spool", "units"),
     ("activations",),
     ("sae",),
     ("steer",),

@@ -220,9 +220,9 @@ class TestReading:
         ("text", "message"),
         [
             ("{", "manifest.json is damaged"),
-            ("[]", "has format version None; this monosemy reads 1"),
-            ('{"format_version": 99}', "has format version 99; this monosemy reads 1"),
-            ('{"format_version": 1}', "has format version 1; this monosemy reads 1"),
+            ("[]", "has format version None; this monosemy reads 2"),
+            ('{"format_version": 99}', "has format version 99; this monosemy reads 2"),
+            ('{"format_version": 2}', "has format version 2; this monosemy reads 2"),
         ],
     )
     def test_a_manifest_that_is_none(self, tmp_path: Path, text: str, message: str):

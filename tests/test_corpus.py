@@ -1,26 +1,29 @@
 """Documents become sentences and tokens: the real addresses, the real tokenizer, and all that can be wrong."""
 
+import io
+import json
 import re
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import nupunkt
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from monosemy import corpus, documents
 from monosemy.artifact import Manifest
-from monosemy.corpus import TokenFile, TokenizeConfig, TokenizedDocument, open_tokens, split_sentences
+from monosemy.corpus import TokenFile, TokenizeConfig, open_tokens
 from monosemy.documents import Document, read_documents
 from monosemy.llm.checkpoint import load_tokenizer
 from monosemy.llm.tokenizer import Tokenizer
-from monosemy.runtime import InputError
+from monosemy.runtime import InputError, Ranks
+from monosemy.selection import draw
 
 YEARS = "corpus:sotu@2000-2008"
 
@@ -98,11 +101,11 @@ class TestAddresses:
             assert (tmp_path / "again" / name).read_bytes() == (tokens.path / name).read_bytes()
 
     def test_the_same_command_finds_it_complete(self, tokens: TokenFile, monkeypatch):
-        monkeypatch.setattr(corpus, "_tokenize", None)
+        monkeypatch.setattr(corpus, "_spool_documents", None)
         assert tokenize(tokens.path, YEARS) == tokens.manifest
 
     def test_other_text_or_settings_are_refused(self, tokens: TokenFile):
-        with pytest.raises(InputError, match="was made with other settings .*parents text"):
+        with pytest.raises(InputError, match="was made of other texts: give another --out"):
             tokenize(tokens.path, "corpus:sotu@2000-2007")
         with pytest.raises(InputError, match="config seed: 0 then, 1 now"):
             tokenize(tokens.path, YEARS, seed=1)
@@ -116,7 +119,7 @@ class TestAddresses:
         assert len(chosen) > 1
 
     def test_a_limit_takes_whole_documents_up_to_the_one_that_reaches_it(self, tokens: TokenFile, tmp_path: Path):
-        ranked = sorted(tokens.documents, key=lambda record: corpus._draw(0, "take", record.name))
+        ranked = sorted(tokens.documents, key=lambda record: draw(0, "take", record.name))
         for limit in (1, 8_000, 20_000, 10**9):
             tokenize(tmp_path / str(limit), YEARS, max_tokens=limit)
             taken = open_tokens(tmp_path / str(limit)).documents
@@ -230,7 +233,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("source", "message"),
         [
-            ("nowhere.txt", "nowhere.txt does not exist: expected a file, a folder, or corpus:sotu"),
+            (
+                "nowhere.txt",
+                "nowhere.txt does not exist: expected a file, a folder, hf:DATASET, - for stdin, or corpus:sotu",
+            ),
             ("corpus:pile", "'corpus:pile' names an unknown corpus; expected corpus:sotu"),
             ("corpus:sotu@1990-1980", "'corpus:sotu@1990-1980' has no range of years; expected one such as"),
             ("corpus:sotu@recent", "'corpus:sotu@recent' has no range of years"),
@@ -275,7 +281,9 @@ class TestRefusals:
                 '{"body": "b", "year": 3}',
                 "a.jsonl, line 2 has no text in 'text'; it has: body, year. Set --text-column",
             ),
-            ('{"text": 5}', "a.jsonl, line 2 has no text in 'text'; it has: text. Set --text-column"),
+            ('{"text": 5}', "a.jsonl, line 2: 'text' holds a number; expected text, or a list of"),
+            ('{"text": {"en": "a"}}', "a.jsonl, line 2: 'text' holds an object; expected text"),
+            ('{"text": ["a", "b"]}', "a.jsonl, line 2: 'text' holds a list; expected text"),
             ("[1]", "a.jsonl, line 2 has no text in 'text'; it has: no fields, it is a list. Set --text-column"),
             ("[" * 100_000, "a.jsonl, line 2 is not JSON (maximum recursion depth"),
         ],
@@ -323,6 +331,11 @@ class TestRefusals:
             ({"validation_fraction": float("nan")}, "validation_fraction is nan; expected 0 <= fraction < 1"),
             ({"max_sentence_tokens": 0}, "max_sentence_tokens is 0; expected at least 1"),
             ({"max_tokens": -1}, "max_tokens is -1; expected a number of tokens, or 0 for all"),
+            ({"context_tokens": 1}, "context_tokens is 1; expected at least 2"),
+            ({"weights": (0.5, 0.5)}, "there are 2 weights for 1 texts: give one for each"),
+            ({"weights": (0.0,)}, "weights are 0.0; expected numbers above 0"),
+            ({"weights": (float("nan"),)}, "weights are nan; expected numbers above 0"),
+            ({"workers": -1}, "workers is -1; expected a number of processes, or 0 for one on each core"),
         ],
     )
     def test_settings(self, tmp_path: Path, settings: dict, message: str):
@@ -332,48 +345,25 @@ class TestRefusals:
         with pytest.raises(InputError, match="gpt-17"):
             corpus.run(TokenizeConfig(model="gpt-17", text=(YEARS,), out=tmp_path / "out"))
 
+    def test_a_tokenizer_without_what_a_unit_needs(self, tmp_path: Path, smollm2_tokenizer: Tokenizer, monkeypatch):
+        monkeypatch.setattr(smollm2_tokenizer, "bos", None)
+        self.refused(
+            tmp_path, "bos is on, but the tokenizer of smollm2 has no BOS token: leave it off", YEARS, bos=True
+        )
+        monkeypatch.setattr(smollm2_tokenizer, "eos", None)
+        message = "unit context needs a token between documents, but the tokenizer of smollm2 has neither EOS nor BOS"
+        self.refused(tmp_path, message, YEARS, unit="context")
+
+    def test_chats_as_sentences(self, tmp_path: Path):
+        text = written(tmp_path / "a.jsonl", json.dumps({"text": [{"role": "user", "content": "Hi"}]}))
+        self.refused(tmp_path, "a.jsonl:1 is a chat, which has no sentences: set --unit", text)
+
+    def test_text_that_is_found_damaged_late(self, tmp_path: Path):
+        text = written(tmp_path / "a.jsonl", '{"text": "A sentence."}\n' * 1000 + "{")
+        self.refused(tmp_path, "a.jsonl, line 1001 is not JSON", text)
+
     def test_no_text(self, tmp_path: Path):
         self.refused(tmp_path, "no text was given: name files, folders or corpus:sotu")
-
-
-class TestSentences:
-    PUNKT = nupunkt.load("default")
-
-    def split(self, text: str) -> list[str]:
-        return list(split_sentences(text, self.PUNKT))
-
-    def test_abbreviations_do_not_end_a_sentence(self):
-        assert self.split("Mr. Smith met Dr. Jones. They spoke.") == ["Mr. Smith met Dr. Jones.", "They spoke."]
-
-    def test_a_heading_is_not_the_beginning_of_what_follows(self):
-        assert self.split("To the Congress:\r\n\r\nA quarter century\nago  it was.") == [
-            "To the Congress:",
-            "A quarter century ago it was.",
-        ]
-
-    def test_an_ornament_is_no_sentence(self):
-        assert self.split("One.\n\n* * *\n\nTwo.") == ["One.", "Two."]
-
-    @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=200))
-    def test_no_letter_is_lost(self, text: str):
-        found = self.split(text)
-        assert [c for c in "".join(found) if c.isalnum()] == [c for c in text if c.isalnum()]
-        assert all(sentence == " ".join(sentence.split()) != "" for sentence in found)
-
-
-sizes = st.lists(st.integers(1, 10_000), min_size=2, max_size=60)
-
-
-@given(sizes, st.floats(0.01, 0.99), st.integers(0, 5))
-def test_the_share_held_out_is_near_the_asked_one(sizes: list[int], fraction: float, seed: int):
-    made = [
-        TokenizedDocument(f"d{n}", "{}", np.zeros(size, "i4"), np.array([size], "i4"), 0)
-        for n, size in enumerate(sizes)
-    ]
-    held_out = corpus._choose_validation(made, fraction, seed)
-    assert 1 <= held_out.sum() < len(sizes)
-    found = np.array(sizes)[held_out].sum()
-    assert abs(found - fraction * sum(sizes)) <= max(sizes)
 
 
 def test_nothing_is_held_out_when_nothing_is_asked(tmp_path: Path):
@@ -386,3 +376,187 @@ def test_documents_are_in_the_order_of_the_sources(tmp_path: Path):
     tokens = open_tokens(tmp_path / "out")
     assert [record.name for record in tokens.documents] == ["2006-Bush-1", "2002-Bush-1"]
     assert all(a <= b for a, b in pairwise(tokens.document.tolist()))
+
+
+class TestUnits:
+    """Documents of 12 sentences each."""
+
+    @pytest.fixture
+    def text(self, tmp_path: Path) -> Path:
+        for name in "abcdefgh":
+            written(tmp_path / "in" / f"{name}.txt", " ".join(f"Sentence {n} of {name} says so." for n in range(12)))
+        return tmp_path / "in"
+
+    def test_documents(self, text: Path, tmp_path: Path, smollm2_tokenizer: Tokenizer, capsys):
+        manifest = tokenize(tmp_path / "whole", text, unit="document")
+        found = open_tokens(tmp_path / "whole")
+        assert sentences(found, smollm2_tokenizer) == [path.read_text() for path in sorted(text.iterdir())]
+        assert manifest.config["unit"] == "document"
+        assert manifest.facts["documents_cut"] == 0
+        assert "tokens: 8 documents, 8 rows," in capsys.readouterr().err
+        cut = tokenize(tmp_path / "cut", text, unit="document", context_tokens=50)
+        assert cut.facts["documents_cut"] == 8
+        assert (open_tokens(tmp_path / "cut").ids == found.ids).all()
+        assert open_tokens(tmp_path / "cut").lengths.max() == 50
+        assert "tokens: documents of more than 50 tokens, cut into several rows: 8" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("bos", [False, True])
+    def test_contexts(self, text: Path, tmp_path: Path, smollm2_tokenizer: Tokenizer, bos: bool):
+        manifest = tokenize(tmp_path / "out", text, unit="context", context_tokens=64, bos=bos, validation_fraction=0.3)
+        found = open_tokens(tmp_path / "out", verify=True)
+        assert smollm2_tokenizer.eos is not None
+        for held_out in (False, True):
+            documents = [record for record in found.documents if record.validation == held_out]
+            texts = [(text.parent / record.name).read_text() for record in documents]
+            stream = [id for text in texts for id in [*smollm2_tokenizer.encode(text), smollm2_tokenizer.eos]]
+            rows = [found.sentence(int(n)).tolist() for n in (found.validation == held_out).nonzero()]
+            if bos:
+                assert all(row[0] == smollm2_tokenizer.bos for row in rows)
+            assert [id for row in rows for id in row[int(bos) :]] == stream
+            assert {len(row) for row in rows[:-1]} == {64}
+        rows = manifest.rows
+        assert (rows["sentences"], rows["tokens"]) == (found.n_sentences, found.n_tokens)
+        assert rows["tokens"] == sum(record.tokens for record in found.documents)
+        assert rows["validation_sentences"] == int(found.validation.sum())
+        for number, record in enumerate(found.documents):
+            assert int((found.document == number).sum()) == record.sentences
+
+    def test_one_row_holds_the_ends_of_many_documents(self, tmp_path: Path, smollm2_tokenizer: Tokenizer):
+        text = written(tmp_path / "a.jsonl", "".join(f'{{"text": "{word}"}}\n' for word in ("one", "two", "three")))
+        tokenize(tmp_path / "out", text, unit="context", validation_fraction=0.0)
+        assert sentences(open_tokens(tmp_path / "out"), smollm2_tokenizer) == [
+            "one<|im_end|>two<|im_end|>three<|im_end|>"
+        ]
+        assert [record.sentences for record in open_tokens(tmp_path / "out").documents] == [1, 0, 0]
+
+    def test_chats(self, tmp_path: Path, smollm2_tokenizer: Tokenizer):
+        chats = [
+            [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": "A number."}] for n in "ab"
+        ]
+        text = written(
+            tmp_path / "a.jsonl", "".join(json.dumps({"messages": chat}) + "\n" for chat in [*chats, chats[0]])
+        )
+        manifest = tokenize(tmp_path / "out", text, unit="document", text_column="messages", validation_fraction=0.0)
+        expected = [smollm2_tokenizer.chat(chat, add_generation_prompt=False) for chat in chats]
+        assert sentences(open_tokens(tmp_path / "out"), smollm2_tokenizer) == expected
+        assert manifest.facts["documents_duplicated"] == 1
+
+
+class TestMixing:
+    def test_each_source_gives_its_share(self, tmp_path: Path, tokens: TokenFile):
+        for name, lines in (("a", 400), ("b", 100)):
+            text = "".join(json.dumps({"text": f"Line {n} of {name} is a sentence."}) + "\n" for n in range(lines))
+            written(tmp_path / f"{name}.jsonl", text)
+        sources = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+        tokenize(tmp_path / "all", *sources, weights=(1.0, 1.0))
+        records = open_tokens(tmp_path / "all").documents
+        each = [sum(r.tokens for r in records if r.name.startswith(name)) for name in "ab"]
+        assert abs(each[0] - each[1]) < 12
+        assert sum(record.name.startswith("b") for record in records) == 100  # all there is of it, nothing twice
+        manifest = tokenize(tmp_path / "some", *sources, weights=(0.75, 0.25), max_tokens=400)
+        records = open_tokens(tmp_path / "some").documents
+        assert 400 <= manifest.rows["tokens"] < 400 + 24
+        assert sum(r.tokens for r in records if r.name.startswith("a")) == pytest.approx(300, abs=12)
+        assert manifest.config["weights"] == [0.75, 0.25]
+
+    def test_duplicates_but_for_case_and_space(self, tmp_path: Path, capsys):
+        for number, text in enumerate(("The same.", "the  SAME.\n", "Another.", "The same.")):
+            written(tmp_path / "in" / f"{number}.txt", text)
+        found = {
+            how: tokenize(tmp_path / how, tmp_path / "in", deduplicate=how).rows["documents"]
+            for how in ("off", "exact", "normalized")
+        }
+        assert found == {"off": 4, "exact": 3, "normalized": 2}
+        assert "repeat an earlier one but for case and white space, left out: 2" in capsys.readouterr().err
+
+
+def test_standard_input_is_read_once(tmp_path: Path, monkeypatch):
+    lines, fewer = ("".join(f'{{"text": "Line {n} is a sentence."}}\n' for n in range(count)) for count in (50, 9))
+    for name, text in (("out", lines), ("out", lines), ("other", fewer)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        manifest = tokenize(tmp_path / name, "stdin:jsonl")
+    assert open_tokens(tmp_path / "out").documents[0].name == "stdin.jsonl:1"
+    assert manifest.rows["documents"] == 9
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(fewer.encode())))
+    with pytest.raises(InputError, match="was made of other texts"):
+        tokenize(tmp_path / "out", "stdin:jsonl")
+
+
+def test_an_interrupted_run_starts_over(tokens: TokenFile, tmp_path: Path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_make", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(tmp_path / "out", YEARS)
+    written(tmp_path / "out.partial" / "scratch" / "0.ids", b"left by one that was killed")
+    tokenize(tmp_path / "out", YEARS)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
+        path.name: path.read_bytes() for path in tokens.path.iterdir()
+    }
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch):
+    """ENOSPC from a real write: /dev/full takes no byte."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    from monosemy import spool
+
+    def onto_a_full_disk(self: spool.Spool, folder: Path, rank: int) -> None:
+        prepare(self, folder, rank)
+        self.ids = Path("/dev/full")
+
+    prepare = spool.Spool.__init__
+    monkeypatch.setattr(spool.Spool, "__init__", onto_a_full_disk)
+    with pytest.raises(InputError, match="the result cannot be written .*: make room on its disk and run this again"):
+        tokenize(tmp_path / "out", YEARS)
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestSharedWork:
+    """The same files by one process, by three, and by two ranks of torchrun."""
+
+    def torchrun(self, out: Path, *text: Path) -> subprocess.CompletedProcess[str]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        options = ["--model", "smollm2", "--out", str(out), "--text", *map(str, text), "--max-tokens", "4000"]
+        options += ["--weights", "2", "1", "--seed", "3", "--workers", "1"]
+        command = [*torchrun, "-m", "monosemy", "tokenize", *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    @pytest.fixture
+    def text(self, tmp_path: Path) -> list[Path]:
+        lines = [f"Line {n % 180} of these says that {'very ' * (n % 30)}much is left." for n in range(300)]
+        written(tmp_path / "a.jsonl", "".join(json.dumps({"text": line}) + "\n" for line in lines))
+        written(tmp_path / "in" / "b.md", "\n\n".join(lines[50:80]))
+        written(tmp_path / "in" / "c.txt", "\n\n".join(lines[250:]))
+        return [tmp_path / "a.jsonl", tmp_path / "in"]
+
+    def test_the_result_does_not_depend_on_who_does_it(self, tmp_path: Path, text: list[Path], monkeypatch):
+        monkeypatch.setattr("monosemy.units.BATCH_CHARACTERS", 500)
+        settings = {"max_tokens": 4000, "weights": (2.0, 1.0), "seed": 3}
+        for workers in (1, 3):
+            tokenize(tmp_path / f"workers-{workers}", *text, workers=workers, **settings)
+        done = self.torchrun(tmp_path / "ranks", *text)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("tokens: ") == 2, done.stderr  # said once: what was made, and duplicates
+        one, *others = (
+            {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+            for name in ("workers-1", "workers-3", "ranks")
+        )
+        assert one.keys() == {"manifest.json", "documents.parquet", "tokens.safetensors"}
+        assert others == [one, one]
+
+    def test_what_one_rank_refuses_all_refuse(self):
+        class WithAnother(Ranks):
+            def gather(self, value: object) -> list:
+                return [value, "d.jsonl:2 is a chat"]
+
+        with pytest.raises(InputError, match="d.jsonl:2 is a chat"):
+            corpus._on_all(WithAnother(0, 2), lambda: "no complaint here")
+
+
+def test_ranks_do_not_share_standard_input(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(corpus, "joined_ranks", lambda: nullcontext(Ranks(0, 2)))
+    with pytest.raises(InputError, match="standard input cannot be shared by ranks: write it to a file"):
+        tokenize(tmp_path / "out", "-")

@@ -2,14 +2,19 @@
 
 1. Shuffle the sentences by the seed and cut them into shards of about `shard_tokens` tokens.
 2. Per shard: sort its sentences by length, run batches of about `batch_tokens` tokens up to the last site, and put
-   each token's activation at its own row.
-3. Write the shard; the first one decides from which norm on a row is a sink.
-4. Merge the shards' means. A shard that is already on disk is not computed again.
+   each token's activation at its own row, as it will be stored.
+3. The first shard decides from which norm on a row is a sink.
+4. Another thread flags the sinks, computes moments and writes, while the model goes on with the next shard. From a GPU,
+   a shard is copied on a stream of its own, into pinned memory.
+5. Merge the shards' moments. A shard that is already on disk is not computed again.
+
+Under `torchrun`, rank r of n takes shards r, r + n, r + 2 n, ...; a shard does not depend on who computes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,12 +25,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from monosemy.activations import store
+from monosemy.activations.remote import RemoteFolder, remote_url
+from monosemy.activations.store import Compression, RowTable, ShardFolder, SiteStatistics, StoredAs, StoredRows
+from monosemy.activations.writer import Writer
 from monosemy.artifact import Draft, Manifest, unrecorded
 from monosemy.corpus import TokenFile, open_tokens
 from monosemy.llm.checkpoint import load_model
-from monosemy.llm.llama import Llama
-from monosemy.llm.sites import Site, Taps, check_site
-from monosemy.runtime import DtypeName, InputError, Progress, random_stream
+from monosemy.llm.model import LanguageModel, check_sites
+from monosemy.llm.sites import Site, Taps
+from monosemy.runtime import DtypeName, InputError, Progress, Ranks, joined_ranks, random_stream
+
+KIND = "activations"
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+LOOK_AHEAD = 32
+"""Shards per rank that progress looks for: no rank is further ahead of the slowest."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +50,19 @@ class CaptureConfig:
     tokens: Path = unrecorded()
     """Token file, made by `monosemy tokenize`."""
     out: Path = unrecorded()
-    """Folder for the activations."""
+    """Folder for the activations, or a URL such as s3://bucket/activations (extra `remote`)."""
     model: str = unrecorded("smollm2")
     """Model: `smollm2`, a .gguf file, or a Hugging Face folder."""
     sites: tuple[str, ...] = ("L24.resid_post",)
     """Sites to store, for example L24.resid_post."""
     dtype: DtypeName = "auto"
     """Arithmetic of the model."""
-    stored_as: Literal["bfloat16", "float32"] = "bfloat16"
-    """How activations are stored: 2 or 4 bytes per element."""
+    device: DeviceName = unrecorded("auto")
+    """Where the model runs; `auto`: on the GPU of this rank, if there is one."""
+    stored_as: StoredAs = "bfloat16"
+    """How activations are stored: 2 or 4 bytes per element, or 1 and a scale per row."""
+    compress: Compression = "none"
+    """`zstd`: compress shards. They are then read as a whole, not mapped."""
     batch_tokens: int = 1024
     """Tokens per forward pass."""
     shard_tokens: int = 32_768
@@ -64,34 +83,42 @@ class CaptureConfig:
 
 
 def run(config: CaptureConfig) -> Manifest:
-    """Make the activations artifact `config.out`, or go on with it."""
-    tokens = open_tokens(config.tokens)
-    model = load_model(config.model, config.dtype)
-    check_tokenizer(tokens, model, config.tokens)
-    sites = [Site.parse(name) for name in config.sites]
-    for site in sites:
-        check_site(site, model.config.n_layers, model.name)
-    parents = {"tokens": tokens.manifest.digest, "model": model.fingerprint}
-    with Draft(config.out, "activations", config, parents) as draft:
-        if draft.complete:
-            return store.open_activations(config.out).manifest
-        shards = plan_shards(tokens, config.shard_tokens, config.seed)
-        sink_norms: dict[Site, float] = {}
-        with Progress("capture", tokens.n_tokens, "token") as progress:
-            for number, sentences in enumerate(shards):
-                n_rows = int(tokens.lengths[sentences].sum())
-                if not draft.file(store.shard_name("rows", number)).exists():
-                    _write_shard(draft, number, sentences, tokens, model, sites, sink_norms, config)
-                    progress.advance(n_rows)
-                else:
-                    progress.skip(n_rows)
-        return _commit(draft, sites, len(shards), tokens.n_tokens, model)
+    """Make the activations artifact `config.out`, or go on with it. Under `torchrun` all ranks share the work."""
+    with joined_ranks() as ranks:
+        tokens = open_tokens(config.tokens)
+        model = load_model(config.model, config.dtype, choose_device(config.device))
+        maker = ShardMaker(model, tokens, config)
+        url = remote_url(config.out)
+        if url is None:
+            return _make(config.out, config, maker, ranks, None)
+        remote = RemoteFolder(url)
+        if ranks.gather(remote.is_complete)[0]:
+            Draft(config.out, "activations", config, maker.parents).check_same_command(remote.read_manifest(KIND))
+        else:
+            _make(remote.draft, config, maker, ranks, remote)
+        return remote.read_manifest(KIND)
 
 
-def check_tokenizer(tokens: TokenFile, model: Llama, path: Path) -> None:
+def choose_device(name: DeviceName) -> torch.device:
+    """The device called `name`; each of `torchrun`'s ranks on a machine has a GPU of its own."""
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and there == 0):
+        return torch.device("cpu")
+    if number >= there:
+        raise InputError(f"rank {number} of this machine needs a GPU, and it has {there}: start fewer, or --device cpu")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def check_tokenizer(tokens: TokenFile, model: LanguageModel, path: Path) -> None:
     """Raise `InputError` unless the token file was made with this model's tokenizer."""
     if tokens.manifest.parents["tokenizer"] != model.tokenizer.fingerprint:
         raise InputError(f"{path} was tokenized for another model than {model.name}: run `monosemy tokenize` with it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. and 2. Shards of rows
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def plan_shards(tokens: TokenFile, shard_tokens: int, seed: int) -> list[np.ndarray]:
@@ -121,14 +148,22 @@ def length_batches(
     while start < len(order):
         before = ends[start] - lengths[order[start]]
         stop = max(start + 1, int(np.searchsorted(ends, before + batch_tokens, side="right")))
-        chosen = order[start:stop]
-        ids = torch.cat([tokens.sentence(int(sentence)) for sentence in chosen]).long()[None]
-        yield PackedBatch(chosen, ids, torch.from_numpy(lengths[chosen]))
+        chosen = torch.from_numpy(order[start:stop])
+        ids = tokens.ids[ranges(tokens.starts[chosen], tokens.lengths[chosen])].long()[None]
+        yield PackedBatch(order[start:stop], ids, tokens.lengths[chosen])
         start = stop
 
 
+def ranges(starts: Int[Tensor, " range"], lengths: Int[Tensor, " range"]) -> Int[Tensor, " place"]:
+    """start, start + 1, ..., start + length - 1 of each range, one after the other."""
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)
+
+
 @torch.inference_mode()
-def read_sites(model: Llama, batch: PackedBatch, sites: list[Site]) -> dict[Site, Float[Tensor, "token d_model"]]:
+def read_sites(
+    model: LanguageModel, batch: PackedBatch, sites: list[Site]
+) -> dict[Site, Float[Tensor, "token d_model"]]:
     """The activations at `sites` of the batch's tokens, sentence after sentence. Later layers are not run."""
     taps = Taps(reads=set(sites))
     end = max(site.layer for site in sites) + 1
@@ -136,68 +171,156 @@ def read_sites(model: Llama, batch: PackedBatch, sites: list[Site]) -> dict[Site
     return {site: taps.values[site][0] for site in sites}
 
 
+class RawShard(NamedTuple):
+    """The rows of one shard, before anything is known of them."""
+
+    table: RowTable
+    sites: dict[Site, StoredRows]
+    """In this machine's memory, once `arrived` has happened."""
+    arrived: torch.cuda.Event | None
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(stored.n_bytes for stored in self.sites.values())
+
+
+class ShardMaker:
+    """Computes any shard of a token file, on its own: what `capture` stores and what training on the fly reads."""
+
+    def __init__(self, model: LanguageModel, tokens: TokenFile, config: CaptureConfig) -> None:
+        check_tokenizer(tokens, model, config.tokens)
+        self.model, self.tokens, self.config = model, tokens, config
+        self.sites = [Site.parse(name) for name in config.sites]
+        check_sites(model, self.sites)
+        self.parents = {"tokens": tokens.manifest.digest, "model": model.fingerprint}
+        self.plan = plan_shards(tokens, config.shard_tokens, config.seed)
+        self.copies = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+
+    def n_tokens(self, numbers: Sequence[int]) -> int:
+        """Tokens of the shards `numbers`."""
+        return sum(int(self.tokens.lengths[torch.from_numpy(self.plan[number])].sum()) for number in numbers)
+
+    def table(self, number: int) -> RowTable:
+        """What the rows of shard `number` are."""
+        sentences = torch.from_numpy(self.plan[number])
+        lengths, starts = self.tokens.lengths[sentences], self.tokens.starts[sentences]
+        return RowTable(
+            sentence=sentences.repeat_interleave(lengths),
+            position=ranges(torch.zeros_like(lengths), lengths).int(),
+            token=self.tokens.ids[ranges(starts, lengths)].int(),
+            validation=self.tokens.validation[sentences].repeat_interleave(lengths),
+        )
+
+    def compute(self, number: int, between: Callable[[], object] = lambda: None) -> RawShard:
+        """Run the model over shard `number`; `between` is called after each forward pass."""
+        sentences, table = self.plan[number], self.table(number)
+        lengths = self.tokens.lengths[torch.from_numpy(sentences)]
+        first_row = dict(zip(sentences.tolist(), (lengths.cumsum(0) - lengths).tolist(), strict=True))
+        shape = len(table.token), self.model.config.d_model
+        stored = {site: store.empty_rows(*shape, self.config.stored_as, self.model.device) for site in self.sites}
+        for batch in length_batches(self.tokens, sentences, self.config.batch_tokens):
+            starts = torch.tensor([first_row[sentence] for sentence in batch.sentences.tolist()])
+            places = ranges(starts, batch.lengths).to(self.model.device)
+            for site, values in read_sites(self.model, batch, self.sites).items():
+                stored[site].put(places, store.encode(values, self.config.stored_as))
+            between()
+        return RawShard(table, *self._to_this_machine(stored))
+
+    def finish(self, raw: RawShard, sink_norms: Mapping[Site, float]) -> dict[Site, tuple[StoredRows, SiteStatistics]]:
+        """Flag sinks and compute moments; `InputError` for rows that are not finite."""
+        _arrive(raw)
+        found = {}
+        for site, stored in raw.sites.items():
+            if not stored.is_finite:
+                raise InputError(f"{site} holds NaN or infinite activations: try --dtype float32, or check the weights")
+            found[site] = stored, store.statistics(stored, raw.table.validation, sink_norms[site])
+        return found
+
+    def sink_norms(self, first: RawShard) -> dict[Site, float]:
+        """From which norm on a row is a sink, judged by the first shard."""
+        _arrive(first)
+        return {site: store.sink_norm_of(stored) for site, stored in first.sites.items()}
+
+    def _to_this_machine(self, sites: dict[Site, StoredRows]) -> tuple[dict[Site, StoredRows], torch.cuda.Event | None]:
+        """Start copying rows from a GPU on a stream of its own: the model need not wait for it."""
+        if (stream := self.copies) is None:
+            return sites, None
+
+        def copy(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+        stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(stream):
+            copied, arrived = {site: stored.map(copy) for site, stored in sites.items()}, torch.cuda.Event()
+            arrived.record(stream)
+        return copied, arrived
+
+
+def _arrive(raw: RawShard) -> None:
+    if raw.arrived is not None:
+        raw.arrived.synchronize()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. to 5. The artifact
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _make(out: Path, config: CaptureConfig, maker: ShardMaker, ranks: Ranks, remote: RemoteFolder | None) -> Manifest:
+    with Draft(out, KIND, config, maker.parents, ranks) as draft:
+        if not draft.complete:
+            folder = ShardFolder(draft.path.joinpath, draft.identity)
+            _write_shards(folder, maker, ranks, remote)
+            n_shards = len(maker.plan)
+            facts = {"d_model": maker.model.config.d_model, "model": maker.model.name}
+            if ranks.number == 0:  # all shards are there
+                facts |= store.facts_of(folder, maker.sites, n_shards)
+            draft.commit({"tokens": maker.tokens.n_tokens, "shards": n_shards}, facts)
+    manifest = store.open_activations(out).manifest
+    ranks.wait()
+    if remote is not None:
+        if ranks.number == 0:
+            remote.send_rest(out)
+        ranks.wait()
+    return manifest
+
+
+def _write_shards(folder: ShardFolder, maker: ShardMaker, ranks: Ranks, remote: RemoteFolder | None) -> None:
+    """Compute this rank's shards that are missing, and write them in the background."""
+    missing = [number for number in range(len(maker.plan)) if not folder.has(number)]
+    sink_norms = ranks.gather(_known_sink_norms(folder, maker.sites))[0]
+    with Progress("capture", maker.tokens.n_tokens, "token") as progress:
+        progress.skip(maker.tokens.n_tokens - maker.n_tokens(missing))
+        with Writer() as writer:
+            for number in [number for number in missing if number % ranks.count == ranks.number]:
+                raw = maker.compute(number, writer.check)
+                if sink_norms is None:  # rank 0 has just computed the first shard
+                    sink_norms = ranks.gather(maker.sink_norms(raw) if number == 0 else None)[0]
+                writer.put(raw.n_bytes, _write_shard, folder, number, maker, raw, sink_norms, remote)
+                written = [number for number in missing[: LOOK_AHEAD * ranks.count] if folder.has(number)]
+                missing = sorted({*missing} - {*written})
+                progress.advance(maker.n_tokens(written))
+        if sink_norms is None:  # this rank had no shard to compute
+            ranks.gather(None)
+        ranks.wait()
+        progress.advance(maker.n_tokens(missing))
+
+
+def _known_sink_norms(folder: ShardFolder, sites: list[Site]) -> dict[Site, float] | None:
+    return {site: folder.statistics(site, 0).sink_norm for site in sites} if folder.has(0) else None
+
+
 def _write_shard(
-    draft: Draft,
+    folder: ShardFolder,
     number: int,
-    sentences: np.ndarray,
-    tokens: TokenFile,
-    model: Llama,
-    sites: list[Site],
-    sink_norms: dict[Site, float],
-    config: CaptureConfig,
+    maker: ShardMaker,
+    raw: RawShard,
+    sink_norms: Mapping[Site, float],
+    remote: RemoteFolder | None,
 ) -> None:
-    table = _row_table(tokens, sentences)
-    first_row = np.concatenate([[0], tokens.lengths.numpy()[sentences].cumsum()])
-    row_of = dict(zip(sentences.tolist(), first_row, strict=False))
-    dtype = getattr(torch, config.stored_as)
-    rows = {site: torch.empty(len(table.token), model.config.d_model, dtype=dtype) for site in sites}
-    for batch in length_batches(tokens, sentences, config.batch_tokens):
-        starts = torch.tensor([row_of[sentence] for sentence in batch.sentences.tolist()])
-        within = torch.cat([torch.arange(length) for length in batch.lengths.tolist()])
-        places = starts.repeat_interleave(batch.lengths) + within
-        for site, values in read_sites(model, batch, sites).items():
-            rows[site][places] = values.to("cpu", dtype)
-    for site in sites:
-        if not rows[site].isfinite().all():
-            raise InputError(f"{site} holds NaN or infinite activations: try --dtype float32, or check the weights")
-        if site not in sink_norms:
-            sink_norms[site] = _sink_norm(draft, site, number, rows[site])
-        shard = store.site_shard(rows[site], table.validation, sink_norms[site])
-        store.write_site_shard(draft.file(store.shard_name(str(site), number)), shard)
-    store.write_row_table(draft.file(store.shard_name("rows", number)), table)
-
-
-def _sink_norm(draft: Draft, site: Site, number: int, rows: Tensor) -> float:
-    if number > 0:  # a resumed run: the first shard is on disk
-        rows = store.read_tensors(draft.file(store.shard_name(str(site), 0)))["rows"]
-    return store.sink_norm_of(rows)
-
-
-def _row_table(tokens: TokenFile, sentences: np.ndarray) -> store.RowTable:
-    lengths = tokens.lengths[sentences]
-    return store.RowTable(
-        sentence=torch.from_numpy(sentences).repeat_interleave(lengths),
-        position=torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths.tolist()]),
-        token=torch.cat([tokens.sentence(int(sentence)) for sentence in sentences]).int(),
-        validation=tokens.validation[sentences].repeat_interleave(lengths),
-    )
-
-
-def _commit(draft: Draft, sites: list[Site], n_shards: int, n_tokens: int, model: Llama) -> Manifest:
-    facts = {}
-    for site in sites:
-        moments, n_sinks = None, 0
-        shards = [
-            store.SiteShard(**store.read_tensors(draft.path / store.shard_name(str(site), number)))
-            for number in range(n_shards)
-        ]
-        for shard in shards:
-            part = store.Moments(int(shard.count), shard.mean)
-            moments = part if moments is None else moments.merge(part)
-            n_sinks += int(shard.sink.sum())
-        assert moments is not None
-        facts[str(site)] = store.SiteSummary(
-            store.sink_norm_of(shards[0].rows), n_sinks, moments.mean.tolist()
-        )._asdict()
-    rows = {"tokens": n_tokens, "shards": n_shards}
-    return draft.commit(rows, {"sites": facts, "d_model": model.config.d_model, "model": model.name})
+    folder.write(number, raw.table, maker.finish(raw, sink_norms))
+    if remote is not None:
+        for site in (*maker.sites, None):
+            name = folder.name(site, number)
+            remote.send(folder.locate(name), name)

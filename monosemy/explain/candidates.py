@@ -19,7 +19,7 @@ import torch
 from monosemy.explain.lexicon import GENERIC
 from monosemy.latents.labels import Label
 from monosemy.latents.record import Index
-from monosemy.llm.llama import Llama
+from monosemy.llm.model import LanguageModel
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import InputError, Progress
 from monosemy.sae.autoencoder import SAE
@@ -63,7 +63,7 @@ def make_candidate(index: Index, label: Label) -> Candidate:
 
 
 def rank_candidates(
-    model: Llama, sae: SAE, index: Index, labels: Sequence[Label], prompts: Sequence[str]
+    model: LanguageModel, sae: SAE, index: Index, labels: Sequence[Label], prompts: Sequence[str]
 ) -> list[Candidate]:
     """The latents worth trying, those of the highest output score first.
 
@@ -89,7 +89,7 @@ def writes_what_it_reads(index: Index, candidate: Candidate) -> bool:
 
 
 @torch.inference_mode()
-def output_scores(model: Llama, sae: SAE, pool: Sequence[Candidate], prompts: Sequence[str]) -> list[float]:
+def output_scores(model: LanguageModel, sae: SAE, pool: Sequence[Candidate], prompts: Sequence[str]) -> list[float]:
     """How much likelier a word of its concept becomes right after the prompts, when a latent is added.
 
     With p the probability that the next token begins such a word, steered at `SCREEN_FRACTION` of the largest
@@ -98,7 +98,7 @@ def output_scores(model: Llama, sae: SAE, pool: Sequence[Candidate], prompts: Se
     the SAE's site run once.
     """
     site = Site.parse(sae.config.site)
-    texts = [model.tokenizer.encode(prompt) for prompt in prompts]
+    texts = [model.tokenizer.encode_prompt(prompt) for prompt in prompts]
     lengths = torch.tensor([len(text) for text in texts])
     packed = torch.tensor([[id for text in texts for id in text]])
     before = model.run_layers(model.embed(packed), end=site.layer, lengths=lengths)

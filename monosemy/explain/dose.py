@@ -29,8 +29,9 @@ from monosemy.explain.candidates import WORD, Candidate, make_candidate, rank_ca
 from monosemy.latents.labels import Label, open_labels
 from monosemy.latents.record import Index, open_index
 from monosemy.llm.checkpoint import load_model
-from monosemy.llm.generate import SamplingSettings, generate
-from monosemy.llm.llama import Llama
+from monosemy.llm.generate import generate
+from monosemy.llm.model import LanguageModel
+from monosemy.llm.sampling import SamplingSettings
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import DtypeName, InputError, Progress, random_stream
 from monosemy.sae.autoencoder import SAE, load_sae
@@ -201,7 +202,9 @@ def load_choice(path: Path) -> Choice:
     )
 
 
-def _candidates(model: Llama, sae: SAE, index: Index, labels: Sequence[Label], config: DoseConfig) -> list[Candidate]:
+def _candidates(
+    model: LanguageModel, sae: SAE, index: Index, labels: Sequence[Label], config: DoseConfig
+) -> list[Candidate]:
     """The latents asked for; where none are, the most promising ones."""
     by_latent = {label.latent: label for label in labels if label.label}
     for latent in map(sae.check_latent, config.latents):
@@ -224,7 +227,7 @@ class Job(NamedTuple):
         return self.fraction * self.candidate.max_activation
 
 
-def _run_trials(model: Llama, sae: SAE, candidates: Sequence[Candidate], config: DoseConfig) -> list[Trial]:
+def _run_trials(model: LanguageModel, sae: SAE, candidates: Sequence[Candidate], config: DoseConfig) -> list[Trial]:
     """Every steered completion, and the plain ones judged anew for each candidate."""
     jobs = [Job(c, f, prompt) for c in candidates for f in config.strengths for prompt in config.prompts]
     with Progress("steer-sweep", len(jobs) + len(config.prompts), "completion") as progress:
@@ -241,11 +244,11 @@ def _run_trials(model: Llama, sae: SAE, candidates: Sequence[Candidate], config:
     return trials
 
 
-def _complete(model: Llama, sae: SAE, jobs: Sequence[Job], config: DoseConfig) -> list[list[int]]:
+def _complete(model: LanguageModel, sae: SAE, jobs: Sequence[Job], config: DoseConfig) -> list[list[int]]:
     """The token ids that continue each job's prompt. A prompt's random numbers are the same at every strength."""
     changes = torch.stack([sae.W_dec[job.candidate.latent] * job.strength for job in jobs])
     taps = Taps(edits={Site.parse(sae.config.site): vector_edit(sae, changes)})
-    prompts = [model.tokenizer.encode(job.prompt) for job in jobs]
+    prompts = [model.tokenizer.encode_prompt(job.prompt) for job in jobs]
     streams = [random_stream(config.seed, *prompt) for prompt in prompts]
     completions: list[list[int]] = [[] for _ in jobs]
     for step in generate(model, prompts, config.sampling(), taps, streams):
@@ -256,13 +259,13 @@ def _complete(model: Llama, sae: SAE, jobs: Sequence[Job], config: DoseConfig) -
 
 
 @torch.inference_mode()
-def _judge(model: Llama, sae: SAE, jobs: Sequence[Job], completions: Sequence[list[int]]) -> list[Trial]:
+def _judge(model: LanguageModel, sae: SAE, jobs: Sequence[Job], completions: Sequence[list[int]]) -> list[Trial]:
     """Let the plain model read each completion after its prompt."""
     trials = []
     site = Site.parse(sae.config.site)
     for start in range(0, len(jobs), READ_TOGETHER):
         part = slice(start, start + READ_TOGETHER)
-        prompts = [model.tokenizer.encode(job.prompt) for job in jobs[part]]
+        prompts = [model.tokenizer.encode_prompt(job.prompt) for job in jobs[part]]
         texts = [prompt + completion for prompt, completion in zip(prompts, completions[part], strict=True)]
         lengths = torch.tensor([len(text) for text in texts])
         ids = torch.tensor([[id for text in texts for id in text]])
@@ -278,7 +281,7 @@ def _judge(model: Llama, sae: SAE, jobs: Sequence[Job], completions: Sequence[li
 
 
 def _trial(
-    model: Llama,
+    model: LanguageModel,
     sae: SAE,
     job: Job,
     completion: list[int],

@@ -32,7 +32,7 @@ from monosemy.latents.logit_effect import LogitEffects, logit_effects
 from monosemy.latents.record import EXAMPLES_PER_GROUP, Index, LatentRecord, open_index
 from monosemy.latents.tally import AGGREGATIONS, Batch, Tally
 from monosemy.llm.checkpoint import load_model
-from monosemy.llm.llama import Llama
+from monosemy.llm.model import LanguageModel
 from monosemy.llm.sites import Site
 from monosemy.llm.tokenizer import Tokenizer
 from monosemy.runtime import DtypeName, InputError, Progress, random_stream
@@ -96,14 +96,14 @@ def run(config: IndexConfig) -> Manifest:
         tally = gather(sae, tokens, model, stored, config)
         effects = logit_effects(
             sae.W_dec,
-            model.norm.weight.float().cpu(),
+            model.norm,
             model.unembedding.weight[: model.tokenizer.size].float().cpu(),
             config.n_tokens,
         )
         return _write(draft, tally, effects, tokens, model.tokenizer, sae, config)
 
 
-def _open_stored(path: Path, tokens: TokenFile, model: Llama, sae: SAE) -> Activations:
+def _open_stored(path: Path, tokens: TokenFile, model: LanguageModel, sae: SAE) -> Activations:
     """The stored activations, if they are of this text, this model and the SAE's site; `InputError` otherwise."""
     stored = open_activations(path)
     for role, wanted in (("tokens", tokens.manifest.digest), ("model", model.fingerprint)):
@@ -122,7 +122,7 @@ def _open_stored(path: Path, tokens: TokenFile, model: Llama, sae: SAE) -> Activ
 
 
 @torch.inference_mode()
-def gather(sae: SAE, tokens: TokenFile, model: Llama, stored: Activations | None, config: IndexConfig) -> Tally:
+def gather(sae: SAE, tokens: TokenFile, model: LanguageModel, stored: Activations | None, config: IndexConfig) -> Tally:
     """Encode every token and tally what fires."""
     site = Site.parse(sae.config.site)
     source = _from_model(tokens, model, site, config) if stored is None else _from_disk(stored, site)
@@ -144,10 +144,11 @@ def _from_disk(stored: Activations, site: Site) -> Iterator[Rows]:
     for shard in range(stored.n_shards):
         sentence = stored.table(shard).sentence.numpy()
         begins = np.flatnonzero(np.diff(sentence, prepend=-1))
-        yield sentence[begins].astype(np.int64), np.diff(begins, append=len(sentence)), stored.shard(site, shard).rows
+        rows = stored.shard(site, shard).decoded()
+        yield sentence[begins].astype(np.int64), np.diff(begins, append=len(sentence)), rows
 
 
-def _from_model(tokens: TokenFile, model: Llama, site: Site, config: IndexConfig) -> Iterator[Rows]:
+def _from_model(tokens: TokenFile, model: LanguageModel, site: Site, config: IndexConfig) -> Iterator[Rows]:
     for batch in length_batches(tokens, np.arange(tokens.n_sentences), config.batch_tokens):
         rows = read_sites(model, batch, [site])[site]
         yield batch.sentences.astype(np.int64), batch.lengths.numpy().astype(np.int64), rows.cpu()

@@ -1,20 +1,21 @@
 """Which tokens a latent makes more and less likely, from the weights alone.
 
-The effect of a latent on the logits is its decoder direction through the final norm's weight and the unembedding
-("logit lens" on a direction): W_dec * norm_weight @ unembedding^T, up to the norm's positive scale. Effects are given
-relative to the other latents: less the mean effect on that token, over the standard deviation of the effects on it.
-Without that, the tokens that every direction moves, rare ones with unembeddings far from all others, come first.
+The effect of a latent on the logits is its decoder direction through the final norm and the unembedding ("logit lens"
+on a direction): W_dec @ norm @ unembedding^T, up to the norm's positive scale. Effects are given relative to the other
+latents: less the mean effect on that token, over the standard deviation of the effects on it. Without that, the tokens
+that every direction moves, rare ones with unembeddings far from all others, come first.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import NamedTuple, no_type_check
 
 import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int32
-from torch import Tensor
+from torch import Tensor, nn
 
 from monosemy.runtime import Progress
 
@@ -37,13 +38,13 @@ class LogitEffects(NamedTuple):
 @torch.inference_mode()
 def logit_effects(
     directions: Float[Tensor, "latent d_model"],
-    norm_weight: Float[Tensor, " d_model"],
+    norm: nn.Module,
     unembedding: Float[Tensor, "token d_model"],
     n_tokens: int,
 ) -> LogitEffects:
     """The `n_tokens` most promoted and most suppressed tokens of each decoder direction."""
     n_tokens = min(n_tokens, len(unembedding))
-    directions = (directions - directions.mean(dim=0)) * norm_weight
+    directions = (directions - directions.mean(dim=0)) @ norm_matrix(norm, directions.shape[1])
     covariance = directions.T @ directions / len(directions)
     deviation = ((unembedding @ covariance) * unembedding).sum(dim=1).clamp(min=0).sqrt()
     unembedding = unembedding / deviation.clamp(min=EPSILON)[:, None]
@@ -57,6 +58,16 @@ def logit_effects(
                 _largest(logits, np.float32(1 - 2 * sign), tokens[sign][rows], values[sign][rows])
             progress.advance(len(logits))
     return LogitEffects(tokens[0], values[0], tokens[1], values[1])
+
+
+def norm_matrix(norm: nn.Module, width: int) -> Float[Tensor, "d_model d_model"]:
+    """The final norm as a matrix, up to a positive scale: what it makes of unit vectors, less its bias.
+
+    That is its weight on the diagonal, whatever the weight is kept as; a LayerNorm also takes the mean off.
+    """
+    norm = deepcopy(norm).float().cpu()
+    units = torch.eye(width)[None] * width**0.5  # of root mean square 1
+    return (norm(units) - norm(torch.zeros_like(units)))[0] / width**0.5
 
 
 @numba.njit(nogil=True, cache=True)

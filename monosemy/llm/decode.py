@@ -14,10 +14,11 @@ of the work, and PyTorch reads them at a third of the memory's speed and spends 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any, cast, no_type_check
+from typing import TYPE_CHECKING, Any, NamedTuple, no_type_check
 
 import numba
 import numpy as np
@@ -30,7 +31,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from monosemy.llm.layout import KeyValueCache, Positions
-    from monosemy.llm.llama import Layer, Llama
 
 MOST_THREADS = 16
 SPINS = 2000
@@ -188,21 +188,27 @@ def dot(a, b):
 
 @compiled
 @no_type_check
-def dots(row, x, products):
-    """products[text] = row . x[text]; four texts at a time, so that the row is loaded from the cache once for them."""
+def dots(rows, x, products):
+    """products[i, text] = rows[i] . x[text] for two rows, four texts at a time: what was loaded serves often."""
+    one, two = rows[0], rows[1]
     text = 0
     while text + 4 <= len(x):
         first, second, third, fourth = x[text], x[text + 1], x[text + 2], x[text + 3]
-        a = b = c = d = np.float32(0)
-        for i in range(len(row)):
-            a = multiply_add(row[i], first[i], a)
-            b = multiply_add(row[i], second[i], b)
-            c = multiply_add(row[i], third[i], c)
-            d = multiply_add(row[i], fourth[i], d)
-        products[text], products[text + 1], products[text + 2], products[text + 3] = a, b, c, d
+        a = b = c = d = e = f = g = h = np.float32(0)
+        for i in range(len(one)):
+            a = multiply_add(one[i], first[i], a)
+            b = multiply_add(one[i], second[i], b)
+            c = multiply_add(one[i], third[i], c)
+            d = multiply_add(one[i], fourth[i], d)
+            e = multiply_add(two[i], first[i], e)
+            f = multiply_add(two[i], second[i], f)
+            g = multiply_add(two[i], third[i], g)
+            h = multiply_add(two[i], fourth[i], h)
+        products[0, text], products[0, text + 1], products[0, text + 2], products[0, text + 3] = a, b, c, d
+        products[1, text], products[1, text + 1], products[1, text + 2], products[1, text + 3] = e, f, g, h
         text += 4
     while text < len(x):
-        products[text] = dot(row, x[text])
+        products[0, text], products[1, text] = dot(one, x[text]), dot(two, x[text])
         text += 1
 
 
@@ -210,33 +216,34 @@ def dots(row, x, products):
 @no_type_check
 def multiply(weight, bias, bfloat16, start, stop, x, added, out):
     """out[:, start:stop] = x @ weight[start:stop].T (+ bias); on top of what is there if `added`."""
-    row, shift, products = np.empty(x.shape[1], np.float32), np.zeros(1, np.float32), np.empty(len(x), np.float32)
-    for number in range(start, stop):
-        load_row(weight, bfloat16, number * len(row), row)
-        if bias:
-            load_row(bias, bfloat16, number, shift)
-        dots(row, x, products)
-        for text in range(len(x)):
-            value = products[text] + shift[0]
-            out[text, number] = out[text, number] + value if added else value
+    rows, shift = np.zeros((2, x.shape[1]), np.float32), np.zeros((2, 1), np.float32)
+    products = np.empty((2, len(x)), np.float32)
+    for first in range(start, stop, 2):
+        last = min(first + 2, stop)
+        for number in range(first, last):
+            load_row(weight, bfloat16, number * x.shape[1], rows[number - first])
+            if bias:
+                load_row(bias, bfloat16, number, shift[number - first])
+        dots(rows, x, products)
+        for number in range(first, last):
+            for text in range(len(x)):
+                value = products[number - first, text] + shift[number - first, 0]
+                out[text, number] = out[text, number] + value if added else value
 
 
 @compiled
 @no_type_check
 def multiply_gated(weight, bias, bfloat16, start, stop, x, out):
     """out[:, start:stop] = silu(gate) * up, with the rows of `up` below all of those of `gate` in `weight`."""
-    row, shift, products = (
-        np.empty(x.shape[1], np.float32),
-        np.zeros((2, 1), np.float32),
-        np.empty((2, len(x)), np.float32),
-    )
+    rows, shift = np.empty((2, x.shape[1]), np.float32), np.zeros((2, 1), np.float32)
+    products = np.empty((2, len(x)), np.float32)
     for number in range(start, stop):
         for half in range(2):
             place = half * out.shape[1] + number
-            load_row(weight, bfloat16, place * len(row), row)
+            load_row(weight, bfloat16, place * x.shape[1], rows[half])
             if bias:
                 load_row(bias, bfloat16, place, shift[half])
-            dots(row, x, products[half])
+        dots(rows, x, products)
         for text in range(len(x)):
             gate, up = products[0, text] + shift[0, 0], products[1, text] + shift[1, 0]
             out[text, number] = gate / (np.float32(1) + np.exp(-gate)) * up
@@ -290,12 +297,12 @@ def attend(query, keys, values, bfloat16, offset, begin, end, real, scores, row,
 
 @compiled
 @no_type_check
-def run_layers_loop(thread, threads, barrier, start, stop, weights, shape, epsilon, cached, real, cosine, sine, work):
-    """Layers `start` to `stop` - 1 of work's `hidden`, in place; every thread calls it with its own number.
+def run_layers_loop(thread, threads, barrier, weights, shape, epsilon, cached, real, cosine, sine, work):
+    """The layers whose tensors lie at `weights`, on work's `hidden`, in place; every thread calls it with its number.
 
-    weights[layer]: addresses of attention norm, qkv, its bias, output, its bias, MLP norm, gate_up, its bias, down, its
-    bias; 0 where there is none. shape: (bfloat16, heads, kv_heads, head_dim, position, window); cached: addresses of
-    keys and values, elements from one layer to the next, and positions of a text.
+    weights[layer]: addresses in the order of `LayerWeights`, 0 where there is no bias. shape: (bfloat16, heads,
+    kv_heads, head_dim, position, window). cached: addresses of keys and values, elements from one layer to the next,
+    and positions of a text.
     """
     hidden, heads, mixed, active = work
     bfloat16, n_heads, n_kv_heads, head_dim, position, window = shape
@@ -304,7 +311,7 @@ def run_layers_loop(thread, threads, barrier, start, stop, weights, shape, epsil
     normed, row, scores = np.empty_like(hidden), np.empty(head_dim, np.float32), np.empty(position + 1, np.float32)
     first = max(0, position + 1 - window) if window else 0
 
-    for layer in range(start, stop):
+    for layer in range(len(weights)):
         at = weights[layer]
         normalize(hidden, at[0], bfloat16, epsilon, normed)
         rows = heads.shape[1]
@@ -359,51 +366,56 @@ def unembed_loop(thread, threads, norm, weight, bfloat16, epsilon, hidden, logit
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class LayerWeights(NamedTuple):
+    """The tensors of one layer, in the order that `run_layers_loop` wants."""
+
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    output: Tensor
+    output_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
 def run_layers(
-    model: Llama, hidden: Float[Tensor, "text 1 d_model"], start: int, stop: int, positions: Positions,
-    cache: KeyValueCache,
+    hidden: Float[Tensor, "text 1 d_model"], layers: Sequence[LayerWeights], first: int, epsilon: float,
+    window: int | None, positions: Positions, cache: KeyValueCache,
 ) -> Float[Tensor, "text 1 d_model"]:  # fmt: skip
-    """What `Llama.run_layers` gives for layers `start` to `stop` - 1; fills the cache's next position."""
-    config, texts = model.config, len(hidden)
-    sizes = (config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim,
-             config.n_heads * config.head_dim, config.d_mlp)  # fmt: skip
+    """What `Llama.run_layers` gives for `layers`, the first of which has number `first`; fills the cache's next
+    position."""
+    texts, layer, (n_kv_heads, head_dim) = len(hidden), layers[0], (cache.keys.shape[2], cache.keys.shape[4])
+    sizes = (hidden.shape[2], len(layer.qkv), layer.output.shape[1], layer.down.shape[1])
     work = tuple(np.empty((texts, size), np.float32) for size in sizes)
     work[0][:] = hidden[:, 0].float().numpy()
     cosine, sine = (
         table[:, 0, 0].float().expand(texts, -1).contiguous().numpy() for table in (positions.cosine, positions.sine)
     )
-    threads, barrier = thread_count(), np.zeros(1, np.int64)
-    shape = (hidden.dtype == torch.bfloat16, config.n_heads, config.n_kv_heads, config.head_dim, cache.length,
-             config.sliding_window or 0)  # fmt: skip
-    cached = (cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.stride(0), cache.capacity)
+    addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in layer] for layer in layers]
+    n_heads = layer.output.shape[1] // head_dim
+    shape = (hidden.dtype == torch.bfloat16, n_heads, n_kv_heads, head_dim, cache.length, window or 0)
+    cached = (cache.keys[first:].data_ptr(), cache.values[first:].data_ptr(), cache.keys.stride(0), cache.capacity)
+    barrier = np.zeros(1, np.int64)
     call(
-        threads, run_layers_loop, barrier.ctypes.data, start, stop, addresses(model), shape,
-        np.float32(config.norm_epsilon), cached, cache.real.numpy(), cosine, sine, work,
+        thread_count(), run_layers_loop, barrier.ctypes.data, np.array(addresses, np.int64), shape,
+        np.float32(epsilon), cached, cache.real.numpy(), cosine, sine, work,
     )  # fmt: skip
     return torch.from_numpy(work[0])[:, None].to(hidden.dtype)
 
 
-def unembed(model: Llama, hidden: Float[Tensor, "text 1 d_model"]) -> Float[Tensor, "text 1 vocabulary"]:
-    """What `Llama.unembed` gives."""
-    logits = np.empty((len(hidden), model.config.vocabulary), np.float32)
+def unembed(
+    hidden: Float[Tensor, "text 1 d_model"], norm: Tensor, epsilon: float, unembedding: Tensor
+) -> Float[Tensor, "text 1 vocabulary"]:
+    """What `Llama.unembed` gives, from the weights of the final norm and the unembedding."""
+    logits = np.empty((len(hidden), len(unembedding)), np.float32)
     call(
-        thread_count(), unembed_loop, model.norm.weight.data_ptr(), model.unembedding.weight.data_ptr(),
-        hidden.dtype == torch.bfloat16, np.float32(model.config.norm_epsilon), hidden[:, 0].float().numpy(), logits,
+        thread_count(), unembed_loop, norm.data_ptr(), unembedding.data_ptr(), hidden.dtype == torch.bfloat16,
+        np.float32(epsilon), hidden[:, 0].float().numpy(), logits,
     )  # fmt: skip
     return torch.from_numpy(logits)[:, None]
-
-
-def addresses(model: Llama) -> np.ndarray:
-    """Where each layer's tensors are, in the order that `run_layers_loop` wants."""
-    table = []
-    for layer in cast("list[Layer]", list(model.layers)):
-        attention, mlp = layer.attention, layer.mlp
-        row = [layer.attention_norm.weight]
-        row += [attention.qkv.weight, attention.qkv.bias, attention.output.weight, attention.output.bias]
-        row += [layer.mlp_norm.weight]
-        row += [mlp.gate_up.weight, mlp.gate_up.bias, mlp.down.weight, mlp.down.bias]
-        table.append([0 if tensor is None else tensor.data_ptr() for tensor in row])
-    return np.array(table, np.int64)
 
 
 def thread_count() -> int:

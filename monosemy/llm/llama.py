@@ -20,18 +20,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from monosemy.llm.layout import KeyValueCache, Packing, Positions, packed_positions, padded_positions
+from monosemy.llm.layout import KeyValueCache, Positions, packed_positions, padded_positions
 from monosemy.llm.sites import Taps
 from monosemy.runtime import InputError
 
 if TYPE_CHECKING:
+    from monosemy.llm import decode
     from monosemy.llm.tokenizer import Tokenizer
 
 
@@ -182,6 +183,17 @@ class Layer(nn.Module):
         added = site("mlp_out", self.mlp(site("mlp_in", self.mlp_norm(hidden))))
         return site("resid_post", hidden + added)
 
+    def weights(self) -> decode.LayerWeights:
+        """Its tensors as `decode` wants them."""
+        from monosemy.llm import decode
+
+        attention, mlp = self.attention, self.mlp
+        return decode.LayerWeights(
+            self.attention_norm.weight, attention.qkv.weight, attention.qkv.bias, attention.output.weight,
+            attention.output.bias, self.mlp_norm.weight, mlp.gate_up.weight, mlp.gate_up.bias, mlp.down.weight,
+            mlp.down.bias,
+        )  # fmt: skip
+
 
 class Llama(nn.Module):
     """The model. `checkpoint.load_model` makes one with weights, tokenizer, name and fingerprint."""
@@ -282,14 +294,16 @@ class Llama(nn.Module):
         from monosemy.llm import decode
 
         stop = min([stop, *(layer for layer in tapped if layer > start)])
-        return decode.run_layers(self, hidden, start, stop, positions, cache), stop
+        weights = [cast(Layer, layer).weights() for layer in self.layers[start:stop]]
+        epsilon, window = self.config.norm_epsilon, self.config.sliding_window
+        return decode.run_layers(hidden, weights, start, epsilon, window, positions, cache), stop
 
     def unembed(self, hidden: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position vocabulary"]:
         """Logits, float32: final norm, then unembedding."""
         if decodes(hidden):
             from monosemy.llm import decode
 
-            return decode.unembed(self, hidden)
+            return decode.unembed(hidden, self.norm.weight, self.norm.epsilon, self.unembedding.weight)
         return self.unembedding(self.norm(hidden)).float()
 
     def make_cache(self, batch: int, capacity: int) -> KeyValueCache:

@@ -24,8 +24,8 @@ from monosemy.activations.capture import PackedBatch, check_tokenizer, length_ba
 from monosemy.artifact import Draft, Manifest, read_manifest, to_json, unrecorded, write_text
 from monosemy.corpus import TokenFile, open_tokens
 from monosemy.llm.checkpoint import load_model
-from monosemy.llm.llama import Llama
-from monosemy.llm.sites import Site, Taps, check_site
+from monosemy.llm.model import LanguageModel, check_sites
+from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import DtypeName, InputError, Progress, random_stream
 from monosemy.sae.autoencoder import SAE, SparseCode, load_sae
 
@@ -135,9 +135,9 @@ def load_metrics(path: Path) -> Metrics:
     )
 
 
-def check_fits(sae: SAE, model: Llama) -> None:
+def check_fits(sae: SAE, model: LanguageModel) -> None:
     """Raise `InputError` unless the SAE's site and width are the model's."""
-    check_site(Site.parse(sae.config.site), model.config.n_layers, model.name)
+    check_sites(model, [Site.parse(sae.config.site)])
     if sae.config.d_model != model.config.d_model:
         raise InputError(
             f"the SAE was trained on width {sae.config.d_model} ({sae.config.model}), "
@@ -146,7 +146,7 @@ def check_fits(sae: SAE, model: Llama) -> None:
 
 
 @torch.inference_mode()
-def evaluate(sae: SAE, model: Llama, tokens: TokenFile, config: EvaluateConfig) -> Metrics:
+def evaluate(sae: SAE, model: LanguageModel, tokens: TokenFile, config: EvaluateConfig) -> Metrics:
     """All metrics of `sae` on the validation documents of `tokens`."""
     sentences = _validation_sentences(tokens, config)
     without, every = ReconstructionSums(sae), ReconstructionSums(sae)
@@ -246,7 +246,7 @@ class LossSums:
 
     VARIANTS = ("original", "reconstructed", "zero", "reconstructed_sparing", "zero_sparing")
 
-    def __init__(self, sae: SAE, model: Llama) -> None:
+    def __init__(self, sae: SAE, model: LanguageModel) -> None:
         self.sae, self.model, self.site = sae, model, Site.parse(sae.config.site)
         self.every: dict[str, float] = dict.fromkeys(self.VARIANTS, 0.0)
         self.sparing: dict[str, float] = dict.fromkeys(self.VARIANTS, 0.0)

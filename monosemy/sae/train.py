@@ -1,4 +1,4 @@
-"""Room 3: train a TopK sparse autoencoder on stored activations.
+"""Room 3: train a TopK sparse autoencoder on activations, from disk or straight from the model.
 
 1. b_pre starts at the mean of the normalised rows; decoder directions are random unit vectors; the encoder is their
    transpose, scaled down (`encoder_scale`): at full scale, unrelated latents add up and training starts in a hole.
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +25,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from monosemy import kernels
-from monosemy.activations.store import open_activations
+from monosemy.activations.capture import CaptureConfig
+from monosemy.activations.live import LiveActivations, open_live
+from monosemy.activations.store import Activations, ShardFolder, open_activations
 from monosemy.activations.stream import Stream
 from monosemy.artifact import Draft, Manifest, read_manifest, read_tensors, unrecorded, write_table, write_tensors
+from monosemy.llm.sites import Site
 from monosemy.runtime import InputError, Progress
 from monosemy.sae.autoencoder import SAE, Normalization, SAEConfig, normalize_rows
 
 CHECKPOINT = "checkpoint.safetensors"
+LIVE = "live"
+"""Folder of what is remembered of activations that are computed on the fly."""
 
 ROWS_FOR_MEAN = 1 << 17
 """Rows that the initial b_pre is averaged over, at most."""
@@ -37,12 +44,16 @@ ROWS_FOR_MEAN = 1 << 17
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a sparse autoencoder on stored activations."""
+    """Train a sparse autoencoder on activations, stored or computed on the fly."""
 
-    activations: Path = unrecorded()
-    """Activations, made by `monosemy capture`."""
     out: Path = unrecorded()
     """Folder for the SAE."""
+    activations: Path | None = unrecorded(None)
+    """Activations, made by `monosemy capture`, or their URL; or give --model, --tokens and --site instead."""
+    model: str | None = unrecorded(None)
+    """The model whose activations are computed on the fly, as `monosemy capture` would by default."""
+    tokens: Path | None = unrecorded(None)
+    """The token file for it."""
     site: str | None = None
     """Site to train on; needed where the activations hold several."""
     n_latents: int = 8192
@@ -77,6 +88,9 @@ class TrainConfig:
     """Steps between two checkpoints: what an interruption costs at most."""
 
     def __post_init__(self) -> None:
+        live = (self.model, self.tokens, self.site)
+        if (self.activations is None and None in live) or (self.activations is not None and (live[0] or live[1])):
+            raise InputError("give either --activations, or all of --model, --tokens and --site to compute them")
         SAEConfig(1, self.n_latents, self.k, "", "")  # says what is wrong with n_latents and k
         for name in ("train_tokens", "batch_size", "log_every", "checkpoint_every", "dead_after_tokens"):
             if getattr(self, name) < 1:
@@ -125,28 +139,42 @@ class Checkpoint(NamedTuple):
 
 def run(config: TrainConfig) -> Manifest:
     """Make the SAE artifact `config.out`, or go on with it."""
-    activations = open_activations(config.activations)
-    site = activations.only_site(config.site)
-    with Draft(config.out, "sae", config, {"activations": activations.manifest.digest}) as draft:
+    source, site, parents = _open_source(config)
+    with Draft(config.out, "sae", config, parents) as draft:
         if draft.complete:
             return read_manifest(config.out, "sae")
-        stream = Stream(activations, site, config.batch_size, config.seed)
+        if isinstance(source, LiveActivations):
+            source.memory = ShardFolder((draft.path / LIVE).joinpath, draft.identity)
+        stream = Stream(source, site, config.batch_size, config.seed)
         path = draft.path / CHECKPOINT
         checkpoint = load_checkpoint(path) if path.exists() else Checkpoint(0, initial_state(config, stream), [])
         state, history = _train(config, stream, checkpoint, path)
         sae_config = SAEConfig(
-            d_model=activations.d_model,
+            d_model=source.d_model,
             n_latents=config.n_latents,
             k=config.k,
             site=str(site),
-            model=activations.model_name,
+            model=source.model_name,
             normalize=config.normalize,
-            sink_norm=activations.sink_norm(site),
+            sink_norm=source.sink_norm(site),
         )
         SAE(sae_config, state.parameters).save(draft.path)
         write_table(draft.path / "history.parquet", pyarrow.Table.from_pylist([row._asdict() for row in history]))
         path.unlink(missing_ok=True)
+        shutil.rmtree(draft.path / LIVE, ignore_errors=True)
         return draft.commit({"latents": config.n_latents, "tokens": _n_steps(config) * config.batch_size})
+
+
+def _open_source(config: TrainConfig) -> tuple[Activations | LiveActivations, Site, dict[str, str]]:
+    """Where rows come from, the site, and what the SAE's manifest names as its parents."""
+    if config.activations is not None:
+        stored = open_activations(config.activations)
+        return stored, stored.only_site(config.site), {"activations": stored.manifest.digest}
+    assert config.model is not None
+    assert config.tokens is not None
+    assert config.site is not None
+    live = open_live(CaptureConfig(tokens=config.tokens, out=config.out, model=config.model, sites=(config.site,)))
+    return live, live.sites[0], live.maker.parents
 
 
 def _n_steps(config: TrainConfig) -> int:
@@ -197,10 +225,11 @@ def _check_finite(result: kernels.StepResult, step: int, config: TrainConfig) ->
 
 
 def initial_state(config: TrainConfig, stream: Stream) -> TrainState:
-    n_batches = max(1, min(ROWS_FOR_MEAN, stream.n_rows) // config.batch_size)
-    means = [normalize_rows(stream.batch(i), config.normalize)[0].mean(dim=0) for i in range(n_batches)]
+    steps = range(max(1, ROWS_FOR_MEAN // config.batch_size))
+    batches = (stream.batch(step) for step in takewhile(lambda step: stream.epoch(step) == 0, steps))
+    means = [normalize_rows(batch, config.normalize)[0].mean(dim=0) for batch in batches]
     random = torch.Generator().manual_seed(config.seed)
-    directions = torch.randn(config.n_latents, stream.activations.d_model, generator=random)
+    directions = torch.randn(config.n_latents, stream.d_model, generator=random)
     directions /= directions.norm(dim=1, keepdim=True)
     parameters = kernels.Parameters(
         W_enc=directions * config.encoder_scale,

@@ -13,7 +13,7 @@ from monosemy.activations import capture, store
 from monosemy.latents import index
 from monosemy.latents.index import IndexConfig, open_index
 from monosemy.latents.logit_effect import logit_effects
-from monosemy.llm.llama import Llama
+from monosemy.llm.llama import Llama, RMSNorm
 from monosemy.llm.sites import Site
 from monosemy.runtime import InputError
 from monosemy.sae.autoencoder import load_sae
@@ -122,12 +122,17 @@ def test_example_table_holds_all_latents_examples(opened):
             np.testing.assert_array_equal(example.activations[table.positions[entries]], table.activations[entries])
 
 
-def test_logit_effects_are_those_of_the_dense_product():
+@pytest.mark.parametrize("centered", [False, True], ids=["RMSNorm", "LayerNorm"])
+def test_logit_effects_are_those_of_the_dense_product(centered: bool):
     generator = torch.Generator().manual_seed(0)
     directions, unembedding = torch.randn(300, 8, generator=generator), torch.randn(50, 8, generator=generator)
-    norm_weight = torch.rand(8, generator=generator)
-    effects = logit_effects(directions, norm_weight, unembedding, 4)
-    logits = (directions * norm_weight) @ unembedding.T
+    norm = torch.nn.LayerNorm(8) if centered else RMSNorm(8, 1e-5)
+    norm.weight.data = torch.rand(8, generator=generator)
+    if centered:
+        norm.bias.data = torch.rand(8, generator=generator)
+    effects = logit_effects(directions, norm, unembedding, 4)
+    through = directions - directions.mean(dim=1, keepdim=True) if centered else directions
+    logits = (through * norm.weight.detach()) @ unembedding.T
     standard = (logits - logits.mean(0)) / logits.std(0, correction=0)
     for values, tokens, sign in (
         (effects.promoted_by, effects.promoted, 1),

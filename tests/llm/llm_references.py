@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from monosemy.llm.checkpoint import find_source
+from monosemy.llm.checkpoint import find_source, load_model
+from monosemy.llm.llama import Llama
+
+
+def load_llama(folder: Path, dtype: torch.dtype = torch.float32) -> Llama:
+    """The model in `folder`, which is one that our own forward computes."""
+    model = load_model(folder, dtype=dtype, device="cpu")
+    assert isinstance(model, Llama)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from llm_references import load_llama
 
-from monosemy.llm.checkpoint import load_model
 from monosemy.llm.llama import Llama, LlamaConfig, random_llama
 from monosemy.runtime import InputError
 
@@ -27,7 +27,7 @@ def test_logits_of_smollm2_equal_transformers(smollm2: Llama, transformers_smoll
 def test_logits_of_an_odd_shape_equal_transformers(odd_folder: Path):
     from transformers import AutoModelForCausalLM
 
-    ours, theirs = load_model(odd_folder, dtype="float32"), AutoModelForCausalLM.from_pretrained(odd_folder)
+    ours, theirs = load_llama(odd_folder), AutoModelForCausalLM.from_pretrained(odd_folder)
     assert ours.config.head_dim == 10
     assert ours.config.rope_divisors is not None
     with torch.inference_mode():
@@ -39,10 +39,10 @@ def test_logits_of_an_odd_shape_equal_transformers(odd_folder: Path):
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(odd_folder: Path):
     from transformers import AutoModelForCausalLM
 
-    ours = load_model(odd_folder, dtype=torch.bfloat16)
+    ours = load_llama(odd_folder, torch.bfloat16)
     theirs = AutoModelForCausalLM.from_pretrained(odd_folder, dtype=torch.bfloat16)
     with torch.inference_mode():
-        exact = load_model(odd_folder, dtype="float32")(IDS)
+        exact = load_llama(odd_folder)(IDS)
         our_error, their_error = (ours(IDS) - exact).norm(), (theirs(IDS).logits.float() - exact).norm()
     assert ours.dtype == torch.bfloat16
     assert our_error < 1.2 * their_error < 0.1 * exact.norm()
@@ -113,7 +113,7 @@ def test_layers_run_in_parts(tiny_llama: Llama):
 
 
 def test_gradients_reach_an_input_and_the_weights(tiny_llama_folder: Path):
-    model = load_model(tiny_llama_folder, dtype="float32")
+    model = load_llama(tiny_llama_folder)
     with torch.inference_mode():
         model(IDS)  # what it keeps for later must not be inference tensors
     hidden = model.embed(IDS).requires_grad_()
@@ -132,7 +132,7 @@ def test_positions_beyond_the_first_table(tiny_llama: Llama):
 
 
 def test_named_weights_are_the_model_itself(tiny_llama_folder: Path):
-    model = load_model(tiny_llama_folder, dtype="float32")
+    model = load_llama(tiny_llama_folder)
     before = model(IDS)
     model.named_weights()["model.layers.1.self_attn.v_proj.weight"].zero_()
     assert not torch.equal(model(IDS), before)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from llm_references import load_llama
 
-from monosemy.llm.checkpoint import load_model
 from monosemy.llm.llama import Llama
 from monosemy.llm.sites import POINTS, Site, Taps, check_site
 from monosemy.runtime import InputError
@@ -117,7 +117,7 @@ def reference(odd_folder: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def model(odd_folder: Path) -> Llama:
-    return load_model(odd_folder, dtype="float32")
+    return load_llama(odd_folder)
 
 
 HOOKED = [Site(layer, point) for layer in range(2) for point in POINTS if point != "resid_mid"]
@@ -171,7 +171,7 @@ def test_an_edit_is_told_where_tokens_are(model: Llama):
 
 
 def test_an_edit_keeps_the_model_s_dtype(odd_folder: Path):
-    model, site = load_model(odd_folder, dtype="bfloat16"), Site(0, "resid_post")
+    model, site = load_llama(odd_folder, torch.bfloat16), Site(0, "resid_post")
     taps = Taps({site}, {site: lambda tensor, _: tensor.float() + 1})
     model(IDS, taps=taps)
     assert taps.values[site].dtype == torch.bfloat16

@@ -1,15 +1,13 @@
 """Text to ids and back, and chat."""
 
-import json
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from monosemy.llm.checkpoint import find_source, load_tokenizer
-from monosemy.llm.gguf_file import GGUFFile
-from monosemy.llm.tokenizer import Tokenizer, from_gguf, pre_tokenizer
+from monosemy.llm.tokenizer import Tokenizer
 from monosemy.runtime import InputError
 
 pytest_plugins = ["llm_references"]
@@ -82,6 +80,76 @@ def test_folder_gives_the_same_tokenizer(tiny_llama_folder: Path, smollm2_tokeni
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# SentencePiece's way to write bytes
+# ---------------------------------------------------------------------------------------------------------------------
+
+FALLBACK = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+DECODERS = {
+    "llama-2": decoders.Sequence([*FALLBACK, decoders.Strip(" ", 1, 0)]),
+    "gemma": decoders.Sequence(FALLBACK),
+    "metaspace": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(speeches: list[str]) -> LibraryTokenizer:
+    """A small vocabulary of byte-fallback BPE, trained on addresses."""
+    inner = LibraryTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=special, show_progress=False)
+    inner.train_from_iterator(speeches[:4], trainer)
+    return inner
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def sentence_piece(request: pytest.FixtureRequest, trained: LibraryTokenizer) -> Tokenizer:
+    inner = LibraryTokenizer.from_str(trained.to_str())
+    inner.decoder = DECODERS[request.param]
+    return Tokenizer(inner, bos=1, eos=2)
+
+
+@pytest.mark.parametrize(
+    "text", ["Fellow citizens, a  b", "né 日本語 🎉👩‍👩‍👧\n1945.", " led by spaces", "<s>Amen</s>", ""]
+)
+def test_sentence_piece_decodes_as_the_library_does(sentence_piece: Tokenizer, text: str):
+    ids = sentence_piece.encode(text)
+    expected = sentence_piece.inner.decode(ids, skip_special_tokens=False)
+    assert sentence_piece.decode(ids) == "".join(sentence_piece.pieces(ids)) == expected
+    assert expected.replace(" ", "") == text.replace(" ", "")
+    assert len(sentence_piece.pieces(ids)) == len(ids)
+
+
+def test_sentence_piece_on_a_whole_address(sentence_piece: Tokenizer, speeches: list[str]):
+    ids = sentence_piece.encode(speeches[9])
+    assert sentence_piece.decode(ids) == sentence_piece.inner.decode(ids, skip_special_tokens=False)
+    middle = ids[1000:1400]
+    assert "".join(sentence_piece.pieces(middle)) == sentence_piece.inner.decode(middle, skip_special_tokens=False)
+
+
+def test_bytes_of_sentence_piece(sentence_piece: Tokenizer):
+    id_of = sentence_piece.inner.get_vocab().__getitem__
+    assert sentence_piece.bytes_of(id_of("<0xE6>")) == b"\xe6"
+    assert sentence_piece.bytes_of(id_of("▁the")) == b" the"
+    ids = [id_of(f"<0x{byte:02X}>") for byte in "é日".encode()] + [id_of("▁the")]
+    assert sentence_piece.pieces(ids) == ["", "é", "", "", "日", " the"]
+    assert sentence_piece.pieces(ids[:3]) == ["", "é", "�"]
+
+
+def test_decoders_that_are_not_implemented(trained: LibraryTokenizer):
+    for decoder in (decoders.WordPiece(), decoders.Sequence([decoders.CTC()]), decoders.Strip("x", 1, 0)):
+        inner = LibraryTokenizer.from_str(trained.to_str())
+        inner.decoder = decoder
+        with pytest.raises(
+            InputError, match="decoder (WordPiece|CTC|Strip) is not implemented; expected that of a byte"
+        ):
+            Tokenizer(inner).pieces([300])
+    with pytest.raises(InputError, match="decoder none is not implemented"):
+        Tokenizer(LibraryTokenizer(models.BPE({"a": 0}, []))).bytes_of(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Chat
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -121,50 +189,3 @@ def test_template_sees_what_hugging_face_gives_it(smollm2_tokenizer: Tokenizer):
 def test_malformed_message(smollm2_tokenizer: Tokenizer):
     with pytest.raises(InputError, match=r"\{'role': 'user'\} needs the texts 'role' and 'content'"):
         smollm2_tokenizer.chat([{"role": "user"}])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_other_splits():
-    text = "It's 12345  end"
-
-    def cut(name: str) -> list[str]:
-        return [part for part, _ in pre_tokenizer(name, "x").pre_tokenize_str(text)]
-
-    assert cut("gpt-2") == ["It", "'s", "Ġ12345", "Ġ", "Ġend"]
-    assert cut("llama-bpe") == ["It", "'s", "Ġ", "123", "45", "Ġ", "Ġend"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer type 'llama' is not implemented; expected 'gpt2'"),
-        ({"tokenizer.ggml.pre": "tekken"}, "split by 'tekken'; implemented are smollm, gpt-2 and llama-bpe"),
-        ({"tokenizer.ggml.tokens": None}, "holds no vocabulary"),
-        ({"tokenizer.ggml.merges": ["no such"]}, "vocabulary and merges do not fit"),
-    ],
-)
-def test_gguf_vocabularies_that_cannot_be_used(change: dict, message: str):
-    metadata = GGUFFile(find_source("smollm2").path).metadata
-    with pytest.raises(InputError, match=f"^model.gguf.*{message}"):
-        from_gguf(metadata | change, "model.gguf")
-
-
-def test_folders_that_cannot_be_used(tmp_path: Path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(InputError, match=r"tokenizer\.json cannot be read"):
-        load_tokenizer(tmp_path)
-    inner = LibraryTokenizer(models.BPE({"a": 0}, []))
-    inner.decoder = decoders.Metaspace()
-    inner.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(InputError, match="decoder is Metaspace; only byte-level"):
-        load_tokenizer(tmp_path).pieces([0])
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps([1]))
-    with pytest.raises(InputError, match=r"tokenizer_config\.json holds a list; expected an object"):
-        load_tokenizer(tmp_path)
