@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ from monosemy.llm.checkpoint import find_source, load_model
 from monosemy.llm.llama import Llama
 
 
-def load_llama(folder: Path, dtype: torch.dtype = torch.float32) -> Llama:
-    """The model in `folder`, which is one that our own forward computes."""
-    model = load_model(folder, dtype=dtype, device="cpu")
-    assert isinstance(model, Llama)
-    return model
+@pytest.fixture(scope="session")
+def load_llama() -> Callable[..., Llama]:
+    """Loads a folder with a model that our own forward computes."""
+
+    def load(folder: Path, dtype: torch.dtype = torch.float32) -> Llama:
+        model = load_model(folder, dtype=dtype, device="cpu")
+        assert isinstance(model, Llama)
+        return model
+
+    return load
 
 
 @pytest.fixture(scope="session")

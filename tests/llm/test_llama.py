@@ -1,11 +1,11 @@
 """Our forward against `transformers`, with and without cache and padding."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from llm_references import load_llama
 
 from monosemy.llm.llama import Llama, LlamaConfig, random_llama
 from monosemy.runtime import InputError
@@ -24,7 +24,7 @@ def test_logits_of_smollm2_equal_transformers(smollm2: Llama, transformers_smoll
     assert (ours - theirs).abs().max() < 1e-3
 
 
-def test_logits_of_an_odd_shape_equal_transformers(odd_folder: Path):
+def test_logits_of_an_odd_shape_equal_transformers(load_llama: Callable[..., Llama], odd_folder: Path):
     from transformers import AutoModelForCausalLM
 
     ours, theirs = load_llama(odd_folder), AutoModelForCausalLM.from_pretrained(odd_folder)
@@ -36,7 +36,7 @@ def test_logits_of_an_odd_shape_equal_transformers(odd_folder: Path):
         assert expected.std() > 0.5
 
 
-def test_bfloat16_is_as_close_to_float32_as_transformers_is(odd_folder: Path):
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(load_llama: Callable[..., Llama], odd_folder: Path):
     from transformers import AutoModelForCausalLM
 
     ours = load_llama(odd_folder, torch.bfloat16)
@@ -112,7 +112,7 @@ def test_layers_run_in_parts(tiny_llama: Llama):
     assert torch.equal(logits, tiny_llama(IDS))
 
 
-def test_gradients_reach_an_input_and_the_weights(tiny_llama_folder: Path):
+def test_gradients_reach_an_input_and_the_weights(load_llama: Callable[..., Llama], tiny_llama_folder: Path):
     model = load_llama(tiny_llama_folder)
     with torch.inference_mode():
         model(IDS)  # what it keeps for later must not be inference tensors
@@ -131,7 +131,7 @@ def test_positions_beyond_the_first_table(tiny_llama: Llama):
     torch.testing.assert_close(torch.cat(parts, dim=1), tiny_llama(ids), atol=1e-5, rtol=1e-5)
 
 
-def test_named_weights_are_the_model_itself(tiny_llama_folder: Path):
+def test_named_weights_are_the_model_itself(load_llama: Callable[..., Llama], tiny_llama_folder: Path):
     model = load_llama(tiny_llama_folder)
     before = model(IDS)
     model.named_weights()["model.layers.1.self_attn.v_proj.weight"].zero_()

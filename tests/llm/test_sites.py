@@ -1,11 +1,11 @@
 """Sites: their names, and that they are the points that `transformers` has there."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from llm_references import load_llama
 
 from monosemy.llm.llama import Llama
 from monosemy.llm.sites import POINTS, Site, Taps, check_site
@@ -116,7 +116,7 @@ def reference(odd_folder: Path) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def model(odd_folder: Path) -> Llama:
+def model(load_llama: Callable[..., Llama], odd_folder: Path) -> Llama:
     return load_llama(odd_folder)
 
 
@@ -170,7 +170,7 @@ def test_an_edit_is_told_where_tokens_are(model: Llama):
     assert masks[2].shape == (1, 24)
 
 
-def test_an_edit_keeps_the_model_s_dtype(odd_folder: Path):
+def test_an_edit_keeps_the_model_s_dtype(load_llama: Callable[..., Llama], odd_folder: Path):
     model, site = load_llama(odd_folder, torch.bfloat16), Site(0, "resid_post")
     taps = Taps({site}, {site: lambda tensor, _: tensor.float() + 1})
     model(IDS, taps=taps)
