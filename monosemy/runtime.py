@@ -49,6 +49,20 @@ def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch work on one core. Many small operations otherwise wait for each other's threads longer than they
+    work, and threads that have worked go on spinning for a while, on a core that others need."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def random_stream(*key: int) -> np.random.Generator:
     """A random stream that depends on nothing but `key`, for example (seed, epoch, step)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))

@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +26,7 @@ from monosemy.llm.llama import Llama, LlamaConfig
 from monosemy.llm.model import LanguageModel
 from monosemy.llm.tokenizer import Tokenizer
 from monosemy.llm.tokenizer_files import from_folder, from_gguf, from_meta
-from monosemy.runtime import DtypeName, InputError, choose_dtype, say
+from monosemy.runtime import DtypeName, InputError, choose_dtype, one_thread, say
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -238,15 +237,3 @@ def copy_into(place: Tensor, tensor: Tensor, what: str) -> None:
     place.copy_(tensor)
     if not math.isfinite(float(place.sum(dtype=torch.float32))):  # torch.isfinite imports for a second
         raise InputError(f"{what} holds values that are not finite in {place.dtype}: download the model again")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let PyTorch work on one core. On a busy machine, hundreds of small copies otherwise wait for each other's threads
-    longer than they work: loading took four times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -188,27 +188,41 @@ def dot(a, b):
 
 @compiled
 @no_type_check
+def load_weights(address, bfloat16, first, rows, which):
+    """rows[which] = the elements from `first` on. (No slice: numba counts references to each, atomically.)"""
+    if bfloat16:
+        for i in range(rows.shape[1]):
+            rows[which, i] = as_float(np.uint32(read_bits(address, first + i)) << np.uint32(16))
+    else:
+        for i in range(rows.shape[1]):
+            rows[which, i] = read_float(address, first + i)
+
+
+@compiled
+@no_type_check
 def dots(rows, x, products):
     """products[i, text] = rows[i] . x[text] for two rows, four texts at a time: what was loaded serves often."""
-    one, two = rows[0], rows[1]
     text = 0
     while text + 4 <= len(x):
-        first, second, third, fourth = x[text], x[text + 1], x[text + 2], x[text + 3]
         a = b = c = d = e = f = g = h = np.float32(0)
-        for i in range(len(one)):
-            a = multiply_add(one[i], first[i], a)
-            b = multiply_add(one[i], second[i], b)
-            c = multiply_add(one[i], third[i], c)
-            d = multiply_add(one[i], fourth[i], d)
-            e = multiply_add(two[i], first[i], e)
-            f = multiply_add(two[i], second[i], f)
-            g = multiply_add(two[i], third[i], g)
-            h = multiply_add(two[i], fourth[i], h)
+        for i in range(rows.shape[1]):
+            a = multiply_add(rows[0, i], x[text, i], a)
+            b = multiply_add(rows[0, i], x[text + 1, i], b)
+            c = multiply_add(rows[0, i], x[text + 2, i], c)
+            d = multiply_add(rows[0, i], x[text + 3, i], d)
+            e = multiply_add(rows[1, i], x[text, i], e)
+            f = multiply_add(rows[1, i], x[text + 1, i], f)
+            g = multiply_add(rows[1, i], x[text + 2, i], g)
+            h = multiply_add(rows[1, i], x[text + 3, i], h)
         products[0, text], products[0, text + 1], products[0, text + 2], products[0, text + 3] = a, b, c, d
         products[1, text], products[1, text + 1], products[1, text + 2], products[1, text + 3] = e, f, g, h
         text += 4
     while text < len(x):
-        products[0, text], products[1, text] = dot(one, x[text]), dot(two, x[text])
+        a = b = np.float32(0)
+        for i in range(rows.shape[1]):
+            a = multiply_add(rows[0, i], x[text, i], a)
+            b = multiply_add(rows[1, i], x[text, i], b)
+        products[0, text], products[1, text] = a, b
         text += 1
 
 
@@ -221,9 +235,9 @@ def multiply(weight, bias, bfloat16, start, stop, x, added, out):
     for first in range(start, stop, 2):
         last = min(first + 2, stop)
         for number in range(first, last):
-            load_row(weight, bfloat16, number * x.shape[1], rows[number - first])
+            load_weights(weight, bfloat16, number * x.shape[1], rows, number - first)
             if bias:
-                load_row(bias, bfloat16, number, shift[number - first])
+                load_weights(bias, bfloat16, number, shift, number - first)
         dots(rows, x, products)
         for number in range(first, last):
             for text in range(len(x)):
@@ -240,9 +254,9 @@ def multiply_gated(weight, bias, bfloat16, start, stop, x, out):
     for number in range(start, stop):
         for half in range(2):
             place = half * out.shape[1] + number
-            load_row(weight, bfloat16, place * x.shape[1], rows[half])
+            load_weights(weight, bfloat16, place * x.shape[1], rows, half)
             if bias:
-                load_row(bias, bfloat16, place, shift[half])
+                load_weights(bias, bfloat16, place, shift, half)
         dots(rows, x, products)
         for text in range(len(x)):
             gate, up = products[0, text] + shift[0, 0], products[1, text] + shift[1, 0]
@@ -381,26 +395,33 @@ class LayerWeights(NamedTuple):
     down_bias: Tensor | None
 
 
+class Weights:
+    """The tensors of all layers, and where they are: asking each again at every step costs a millisecond."""
+
+    def __init__(self, layers: Sequence[LayerWeights]) -> None:
+        self.layers = layers
+        table = [[0 if tensor is None else tensor.data_ptr() for tensor in layer] for layer in layers]
+        self.addresses = np.array(table, np.int64)
+
+
 def run_layers(
-    hidden: Float[Tensor, "text 1 d_model"], layers: Sequence[LayerWeights], first: int, epsilon: float,
+    hidden: Float[Tensor, "text 1 d_model"], weights: Weights, start: int, stop: int, epsilon: float,
     window: int | None, positions: Positions, cache: KeyValueCache,
 ) -> Float[Tensor, "text 1 d_model"]:  # fmt: skip
-    """What `Llama.run_layers` gives for `layers`, the first of which has number `first`; fills the cache's next
-    position."""
-    texts, layer, (n_kv_heads, head_dim) = len(hidden), layers[0], (cache.keys.shape[2], cache.keys.shape[4])
+    """What `Llama.run_layers` gives for layers `start` to `stop` - 1; fills the cache's next position."""
+    texts, layer, (n_kv_heads, head_dim) = len(hidden), weights.layers[0], (cache.keys.shape[2], cache.keys.shape[4])
     sizes = (hidden.shape[2], len(layer.qkv), layer.output.shape[1], layer.down.shape[1])
     work = tuple(np.empty((texts, size), np.float32) for size in sizes)
     work[0][:] = hidden[:, 0].float().numpy()
     cosine, sine = (
         table[:, 0, 0].float().expand(texts, -1).contiguous().numpy() for table in (positions.cosine, positions.sine)
     )
-    addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in layer] for layer in layers]
     n_heads = layer.output.shape[1] // head_dim
     shape = (hidden.dtype == torch.bfloat16, n_heads, n_kv_heads, head_dim, cache.length, window or 0)
-    cached = (cache.keys[first:].data_ptr(), cache.values[first:].data_ptr(), cache.keys.stride(0), cache.capacity)
+    cached = (cache.keys[start:].data_ptr(), cache.values[start:].data_ptr(), cache.keys.stride(0), cache.capacity)
     barrier = np.zeros(1, np.int64)
     call(
-        thread_count(), run_layers_loop, barrier.ctypes.data, np.array(addresses, np.int64), shape,
+        thread_count(), run_layers_loop, barrier.ctypes.data, weights.addresses[start:stop], shape,
         np.float32(epsilon), cached, cache.real.numpy(), cosine, sine, work,
     )  # fmt: skip
     return torch.from_numpy(work[0])[:, None].to(hidden.dtype)

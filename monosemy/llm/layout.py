@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +34,8 @@ class KeyValueCache:
         """Which positions hold a token rather than padding."""
         self.padded = False
         self.length = 0
+        self.weights: Any = None
+        """`decode.Weights` of the model, once it has decoded a token."""
 
     @property
     def capacity(self) -> int:

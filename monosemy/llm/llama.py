@@ -294,9 +294,10 @@ class Llama(nn.Module):
         from monosemy.llm import decode
 
         stop = min([stop, *(layer for layer in tapped if layer > start)])
-        weights = [cast(Layer, layer).weights() for layer in self.layers[start:stop]]
+        if cache.weights is None:
+            cache.weights = decode.Weights([cast(Layer, layer).weights() for layer in self.layers])
         epsilon, window = self.config.norm_epsilon, self.config.sliding_window
-        return decode.run_layers(hidden, weights, start, epsilon, window, positions, cache), stop
+        return decode.run_layers(hidden, cache.weights, start, stop, epsilon, window, positions, cache), stop
 
     def unembed(self, hidden: Float[Tensor, "batch position d_model"]) -> Float[Tensor, "batch position vocabulary"]:
         """Logits, float32: final norm, then unembedding."""

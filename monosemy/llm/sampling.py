@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from monosemy.runtime import InputError
+from monosemy.runtime import InputError, one_thread
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,13 @@ def choose(
     Raises:
         InputError: a prompt whose largest logit is not a finite number.
     """
+    with one_thread():
+        return _choose(logits, settings, streams, seen)
+
+
+def _choose(
+    logits: Tensor, settings: SamplingSettings, streams: Sequence[np.random.Generator], seen: Tensor | None
+) -> list[int]:
     if settings.repetition_penalty != 1:
         assert seen is not None, "a repetition penalty must know what was written"
         logits = penalize(logits, seen, settings.repetition_penalty)
