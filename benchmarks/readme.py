@@ -55,7 +55,17 @@ def speed_table() -> str:
     return "\n".join(rows) + f"\n\n{bound}{source('capture', 'generate')}"
 
 
-TABLES = {"demo": demo_table, "speed": speed_table}
+def store_table() -> str:
+    """What storage costs and changes."""
+    result = load("store")
+    rows = ["| activations stored as | bytes per row | FVU of an SAE trained on them | stream |", "|---|---|---|---|"]
+    for stored_as in ("float32", "bfloat16", "int8"):
+        of = result[stored_as]
+        rows.append(f"| {stored_as} | {of['bytes_per_row']:.0f} | {of['fvu']:.4f} | {of['stream_gb_per_s']:.1f} GB/s |")
+    return "\n".join(rows) + f"\n\nThe same small SAE from each, on the same held-out float32 rows. {source('store')}"
+
+
+TABLES = {"demo": demo_table, "speed": speed_table, "store": store_table}
 
 
 def with_tables(readme: str) -> str:
