@@ -33,7 +33,8 @@ def machine() -> dict[str, object]:
 
 
 def commit() -> str:
-    """The commit of the working tree, with + if it has changes."""
-    here = Path(__file__).parent
+    """The commit of the working tree, with + if it has changes beside the results themselves."""
+    here = Path(__file__).parents[1]
     run = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()  # noqa: E731
-    return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain") else "")
+    changes = run("status", "--porcelain", ".", ":!benchmarks/results", ":!README.md")
+    return run("rev-parse", "--short", "HEAD") + ("+" if changes else "")

@@ -154,14 +154,14 @@ def meet(barrier, threads, times):
 
 @compiled
 @no_type_check
-def load_row(address, bfloat16, first, row):
-    """row[:] = the elements from `first` on."""
+def load_row(address, bfloat16, first, rows, which):
+    """rows[which] = the elements from `first` on. (No slice: numba counts references to each, atomically.)"""
     if bfloat16:
-        for i in range(len(row)):
-            row[i] = as_float(np.uint32(read_bits(address, first + i)) << np.uint32(16))
+        for i in range(rows.shape[1]):
+            rows[which, i] = as_float(np.uint32(read_bits(address, first + i)) << np.uint32(16))
     else:
-        for i in range(len(row)):
-            row[i] = read_float(address, first + i)
+        for i in range(rows.shape[1]):
+            rows[which, i] = read_float(address, first + i)
 
 
 @compiled
@@ -184,18 +184,6 @@ def dot(a, b):
     for i in range(len(a)):
         total = multiply_add(a[i], b[i], total)
     return total
-
-
-@compiled
-@no_type_check
-def load_weights(address, bfloat16, first, rows, which):
-    """rows[which] = the elements from `first` on. (No slice: numba counts references to each, atomically.)"""
-    if bfloat16:
-        for i in range(rows.shape[1]):
-            rows[which, i] = as_float(np.uint32(read_bits(address, first + i)) << np.uint32(16))
-    else:
-        for i in range(rows.shape[1]):
-            rows[which, i] = read_float(address, first + i)
 
 
 @compiled
@@ -235,9 +223,9 @@ def multiply(weight, bias, bfloat16, start, stop, x, added, out):
     for first in range(start, stop, 2):
         last = min(first + 2, stop)
         for number in range(first, last):
-            load_weights(weight, bfloat16, number * x.shape[1], rows, number - first)
+            load_row(weight, bfloat16, number * x.shape[1], rows, number - first)
             if bias:
-                load_weights(bias, bfloat16, number, shift, number - first)
+                load_row(bias, bfloat16, number, shift, number - first)
         dots(rows, x, products)
         for number in range(first, last):
             for text in range(len(x)):
@@ -254,9 +242,9 @@ def multiply_gated(weight, bias, bfloat16, start, stop, x, out):
     for number in range(start, stop):
         for half in range(2):
             place = half * out.shape[1] + number
-            load_weights(weight, bfloat16, place * x.shape[1], rows, half)
+            load_row(weight, bfloat16, place * x.shape[1], rows, half)
             if bias:
-                load_weights(bias, bfloat16, place, shift, half)
+                load_row(bias, bfloat16, place, shift, half)
         dots(rows, x, products)
         for text in range(len(x)):
             gate, up = products[0, text] + shift[0, 0], products[1, text] + shift[1, 0]
@@ -267,12 +255,12 @@ def multiply_gated(weight, bias, bfloat16, start, stop, x, out):
 @no_type_check
 def normalize(x, weight, bfloat16, epsilon, out):
     """out = x / rms(x) * weight."""
-    scale = np.empty(x.shape[1], np.float32)
-    load_row(weight, bfloat16, 0, scale)
+    scale, size = np.empty_like(x[:1]), x.shape[1]
+    load_row(weight, bfloat16, 0, scale, 0)
     for text in range(len(x)):
-        inverse = np.float32(1) / np.sqrt(dot(x[text], x[text]) / np.float32(len(scale)) + epsilon)
-        for i in range(len(scale)):
-            out[text, i] = x[text, i] * inverse * scale[i]
+        inverse = np.float32(1) / np.sqrt(dot(x[text], x[text]) / np.float32(size) + epsilon)
+        for i in range(size):
+            out[text, i] = x[text, i] * inverse * scale[0, i]
 
 
 @compiled
@@ -294,8 +282,8 @@ def attend(query, keys, values, bfloat16, offset, begin, end, real, scores, row,
     largest = np.float32(-np.inf)
     for position in range(begin, end):
         if real[position] or position == end - 1:  # padding sees itself
-            load_row(keys, bfloat16, offset + position * len(query), row)
-            scores[position] = dot(query, row) * scale
+            load_row(keys, bfloat16, offset + position * len(query), row, 0)
+            scores[position] = dot(query, row[0]) * scale
             largest = max(largest, scores[position])
     total = np.float32(0)
     out[:] = 0
@@ -303,9 +291,9 @@ def attend(query, keys, values, bfloat16, offset, begin, end, real, scores, row,
         if real[position] or position == end - 1:
             weight = np.exp(scores[position] - largest)
             total += weight
-            load_row(values, bfloat16, offset + position * len(query), row)
+            load_row(values, bfloat16, offset + position * len(query), row, 0)
             for i in range(len(out)):
-                out[i] += weight * row[i]
+                out[i] += weight * row[0, i]
     out /= total
 
 
@@ -322,7 +310,7 @@ def run_layers_loop(thread, threads, barrier, weights, shape, epsilon, cached, r
     bfloat16, n_heads, n_kv_heads, head_dim, position, window = shape
     keys, values, layer_elements, capacity = cached
     texts, group, times = len(hidden), n_heads // n_kv_heads, 0
-    normed, row, scores = np.empty_like(hidden), np.empty(head_dim, np.float32), np.empty(position + 1, np.float32)
+    normed, row, scores = np.empty_like(hidden), np.empty((1, head_dim), np.float32), np.empty(position + 1, np.float32)
     first = max(0, position + 1 - window) if window else 0
 
     for layer in range(len(weights)):
