@@ -35,7 +35,7 @@ OTHER_NAMES = {
     **{f"hook_{point}": point for point in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")},
     # Hugging Face: the output of the module
     "": "resid_post",
-    "self_attn": "attn_out",
+    **dict.fromkeys(("self_attn", "attn", "attention"), "attn_out"),
     "mlp": "mlp_out",
 }
 
@@ -43,7 +43,9 @@ PATTERNS = (
     re.compile(r"L(?P<layer>\d+)\.(?P<point>" + "|".join(POINTS) + ")"),
     re.compile(r"L(?P<layer>\d+)(?P<point>[RAM])"),
     re.compile(r"blocks\.(?P<layer>\d+)\.(?P<point>hook_\w+)"),
-    re.compile(r"model\.layers\.(?P<layer>\d+)(?:\.(?P<point>self_attn|mlp))?"),
+    re.compile(r"(?:model\.)?layers\.(?P<layer>\d+)(?:\.(?P<point>self_attn|mlp))?"),
+    re.compile(r"(?:transformer\.)?h\.(?P<layer>\d+)(?:\.(?P<point>attn|mlp))?"),
+    re.compile(r"gpt_neox\.layers\.(?P<layer>\d+)(?:\.(?P<point>attention|mlp))?"),
 )
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import hashlib, torch
 from monosemy.kernels import Moments, Parameters, StepSettings, Workspace, train_step
@@ -21,11 +23,28 @@ print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in (*parameters, *moment
 """
 
 
-def test_fresh_and_cached_code_agree_bit_for_bit(tmp_path: Path):
+GENERATION = """
+import hashlib, torch
+from monosemy.llm.llama import LlamaConfig, random_llama
+model = random_llama(LlamaConfig(64, 2, 4, 2, 16, 96, 128, 64, 1e4, 1e-5, True))
+digest = hashlib.sha256()
+with torch.inference_mode():
+    for texts in (1, 5):
+        cache, ids = model.make_cache(texts, 20), torch.arange(texts)[:, None]
+        for _ in range(20):
+            logits = model(ids, cache=cache)
+            digest.update(logits.numpy().tobytes())
+            ids = logits[:, -1:].argmax(-1)
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("script", [SCRIPT, GENERATION], ids=["training", "generation"])
+def test_fresh_and_cached_code_agree_bit_for_bit(script: str, tmp_path: Path):
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     hashes = []
     for _ in range(2):
-        result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stderr
         hashes.append(result.stdout)
     assert list(tmp_path.rglob("*.nbc"))  # the second process had something to read

@@ -32,6 +32,9 @@ IDS = torch.randint(0, 49152, (2, 12), generator=torch.Generator().manual_seed(1
         ("model.layers.12", "L12.resid_post"),
         ("model.layers.12.mlp", "L12.mlp_out"),
         ("model.layers.12.self_attn", "L12.attn_out"),
+        ("layers.10", "L10.resid_post"),
+        ("transformer.h.3.attn", "L3.attn_out"),
+        ("gpt_neox.layers.5.mlp", "L5.mlp_out"),
     ],
 )
 def test_names(name: str, canonical: str):
