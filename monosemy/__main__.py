@@ -34,7 +34,7 @@ COMMANDS = {
     "features": Command("latents.query", "FeaturesConfig", "run", "search and show latents"),
     "steer-sweep": Command("explain.dose", "DoseConfig", "run_and_print", "strength of steering -> effect and fluency"),
     "generate": Command("app.terminal", "GenerateConfig", "run", "steered completion or chat, in the terminal"),
-    "verify": Command("artifact", "VerifyConfig", "run_verify", "check every byte of an artifact"),
+    "verify": Command("verify", "VerifyConfig", "run", "check every byte of an artifact"),
 }
 
 
@@ -78,15 +78,15 @@ def run_command(name: str, arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     command = COMMANDS[name]
-    module = importlib.import_module(f"monosemy.{command.module}")
     try:
+        module = importlib.import_module(f"monosemy.{command.module}")
         config = parse(name, getattr(module, command.config), arguments)
         getattr(module, command.function)(config)
     except InputError as error:
         print(f"monosemy {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; run the same command again, and it goes on from what is finished", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `monosemy features | head`
         sys.stderr.close()

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,9 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Positional
-
-from monosemy.runtime import ALONE, InputError, Ranks
+from monosemy.runtime import ALONE, InputError, Ranks, say
 
 if TYPE_CHECKING:
     import pyarrow
@@ -202,9 +201,12 @@ class Draft:
         return self
 
     def _open(self) -> None:
+        if re.match(r"[a-z][a-z0-9+.-]+:/", str(self.out)):
+            raise InputError(f"{self.out} is a URL, and only `monosemy capture` writes to one: give a folder")
         if self.out.exists():
             self.check_same_command(read_manifest(self.out, self.identity["kind"]))
             self.complete = True
+            say(f"{self.out} is complete already")
             return
         for folder in (self.out, self.path):
             if folder.exists() and not folder.is_dir():
@@ -335,40 +337,18 @@ def read_manifest(path: Path, kind: str, verify: bool = False) -> Manifest:
         partial = path.with_name(path.name + PARTIAL)
         if partial.is_dir():
             raise InputError(f"{path} is not complete: run the command that makes it again, it goes on in {partial}")
-        raise InputError(f"{path} is not a folder; expected {_article(kind)} artifact, made by a monosemy command")
+        raise InputError(f"{path} is not a folder; expected {article(kind)} artifact, made by a monosemy command")
     manifest = parse_manifest(path)
     if manifest.kind != kind:
-        raise InputError(f"{path} holds {_article(manifest.kind)} artifact; expected {_article(kind)} artifact")
+        raise InputError(f"{path} holds {article(manifest.kind)} artifact; expected {article(kind)} artifact")
     problems = _problems(path, manifest, verify)
     if problems:
         raise InputError(f"{path} is damaged: {'; '.join(problems)}. Remove the folder and make it again")
     return manifest
 
 
-@dataclasses.dataclass(frozen=True)
-class VerifyConfig:
-    """Check every byte of artifacts against their manifests."""
-
-    paths: Positional[tuple[Path, ...]]
-    """Artifact folders, or folders that hold some, for example a run."""
-
-    def __post_init__(self) -> None:
-        if not self.paths:
-            raise InputError("no folder was given: name artifacts, or a run that holds some")
-
-
-def run_verify(config: VerifyConfig) -> None:
-    """Print a line per artifact that is whole. Raises `InputError` for the first that is not."""
-    for path in config.paths:
-        found = [path] if (path / MANIFEST).exists() else sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
-        for folder in found or [path]:
-            kind = parse_manifest(folder).kind
-            manifest = read_manifest(folder, kind, verify=True)
-            size = sum(record["bytes"] for record in manifest.files.values())
-            print(f"{folder}: {_article(kind)} artifact, {len(manifest.files)} files, {size / 1e6:.1f} MB, whole")
-
-
-def _article(kind: str) -> str:
+def article(kind: str) -> str:
+    """`kind` with its article, quoted."""
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind!r}"
 
 

@@ -402,10 +402,11 @@ class TokenFile:
         return [DocumentRecord(**row | {"metadata": json.loads(row["metadata"])}) for row in rows]
 
 
-def open_tokens(path: Path, verify: bool = False) -> TokenFile:
+def open_tokens(path: Path | str, verify: bool = False) -> TokenFile:
     """Open the `tokens` artifact in folder `path`; `verify` checks every byte against its manifest.
 
     Raises `InputError` if it is not one, not complete, or damaged.
     """
+    path = Path(path)
     manifest = artifact.read_manifest(path, "tokens", verify)
     return TokenFile(path, manifest, **artifact.read_tensors(path / "tokens.safetensors"))

@@ -165,6 +165,8 @@ def _read_zip(file: io.BufferedIOBase | IO[bytes], name: str, column: str) -> It
     try:
         with zipfile.ZipFile(file) as archive:
             members = [member for member in archive.infolist() if _is_text(member.filename) and not member.is_dir()]
+            if not members:
+                raise InputError(f"{name} holds no text: expected files in it ending in {', '.join(SUFFIXES)}")
             nested = [member.filename for member in members if _kind(member.filename) == ".zip"]
             if nested:
                 raise InputError(f"{name} holds another archive, {nested[0]}: unpack it into a folder and give that")

@@ -22,7 +22,7 @@ FLOORS = (
     ("steer",),
     ("latents",),
     ("explain",),
-    ("app", "report"),
+    ("app", "report", "verify"),
     ("recipe",),
     ("__main__",),
 )

@@ -14,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monosemy import artifact
-from monosemy.artifact import Draft, Manifest, VerifyConfig, read_manifest, read_tensors, write_tensors, write_text
+from monosemy import artifact, verify
+from monosemy.artifact import Draft, Manifest, read_manifest, read_tensors, write_tensors, write_text
 from monosemy.runtime import InputError
+from monosemy.verify import VerifyConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ class TestGoingOn:
 MAKE_TWO_FILES = """
 import dataclasses, os, signal, sys
 from pathlib import Path
-from monosemy import artifact
+from monosemy import artifact, verify
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -184,7 +185,7 @@ class TestReading:
         with pytest.raises(
             InputError, match=r"is damaged: a.txt has changed \(its SHA-256 differs\). Remove the folder"
         ):
-            artifact.run_verify(VerifyConfig((tmp_path / "n",)))
+            verify.run(VerifyConfig((tmp_path / "n",)))
 
     def test_a_truncated_file_is_always_found(self, tmp_path: Path):
         make(tmp_path / "n")
@@ -203,18 +204,18 @@ class TestReading:
         (tmp_path / "n" / "c.txt").write_text("")
         read_manifest(tmp_path / "n", "numbers")
         with pytest.raises(InputError, match="c.txt does not belong to it"):
-            artifact.run_verify(VerifyConfig((tmp_path / "n",)))
+            verify.run(VerifyConfig((tmp_path / "n",)))
 
     def test_verify_goes_through_a_run(self, tmp_path: Path, capsys):
         for name in ("n", "m"):
             make(tmp_path / name)
-        artifact.run_verify(VerifyConfig((tmp_path,)))
+        verify.run(VerifyConfig((tmp_path,)))
         lines = [f"{tmp_path / name}: a 'numbers' artifact, 2 files, 0.0 MB, whole" for name in ("m", "n")]
         assert capsys.readouterr().out.splitlines() == lines
 
     def test_verify_refuses_what_is_no_artifact(self, tmp_path: Path):
         with pytest.raises(InputError, match="has no manifest.json, so it is not a monosemy artifact"):
-            artifact.run_verify(VerifyConfig((tmp_path,)))
+            verify.run(VerifyConfig((tmp_path,)))
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -31,9 +31,9 @@ from monosemy.activations.writer import Writer
 from monosemy.artifact import Draft, Manifest, unrecorded
 from monosemy.corpus import TokenFile, open_tokens
 from monosemy.llm.checkpoint import load_model
-from monosemy.llm.model import LanguageModel, check_sites
+from monosemy.llm.model import LanguageModel, check_sites, resolved
 from monosemy.llm.sites import Site, Taps
-from monosemy.runtime import DtypeName, InputError, Progress, Ranks, joined_ranks, random_stream
+from monosemy.runtime import DtypeName, InputError, Progress, Ranks, joined_ranks, random_stream, say
 
 KIND = "activations"
 
@@ -56,7 +56,7 @@ class CaptureConfig:
     sites: tuple[str, ...] = ("L24.resid_post",)
     """Sites to store, for example L24.resid_post."""
     dtype: DtypeName = "auto"
-    """Arithmetic of the model."""
+    """Arithmetic of the model; `auto` is bfloat16 where the processor multiplies it, or else float32."""
     device: DeviceName = unrecorded("auto")
     """Where the model runs; `auto`: on the GPU of this rank, if there is one."""
     stored_as: StoredAs = "bfloat16"
@@ -87,6 +87,8 @@ def run(config: CaptureConfig) -> Manifest:
     with joined_ranks() as ranks:
         tokens = open_tokens(config.tokens)
         model = load_model(config.model, config.dtype, choose_device(config.device))
+        config = resolved(config, model)
+        say(f"capture: {model.name} computes in {config.dtype} on {model.device.type}")
         maker = ShardMaker(model, tokens, config)
         url = remote_url(config.out)
         if url is None:

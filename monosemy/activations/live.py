@@ -18,6 +18,7 @@ from monosemy.activations.capture import CaptureConfig, RawShard, ShardMaker, ch
 from monosemy.activations.store import RowTable, ShardFolder, SiteStatistics, StoredRows
 from monosemy.corpus import open_tokens
 from monosemy.llm.checkpoint import load_model
+from monosemy.llm.model import resolved
 from monosemy.llm.sites import Site
 
 
@@ -77,4 +78,4 @@ class LiveActivations:
 def open_live(config: CaptureConfig) -> LiveActivations:
     """The activations that `capture` would store with `config`. Raises `InputError` as `capture` does."""
     model = load_model(config.model, config.dtype, choose_device(config.device))
-    return LiveActivations(ShardMaker(model, open_tokens(config.tokens), config))
+    return LiveActivations(ShardMaker(model, open_tokens(config.tokens), resolved(config, model)))

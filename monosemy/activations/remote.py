@@ -42,7 +42,9 @@ class RemoteFolder:
         self.url = url.rstrip("/")
         try:
             self.files, self.root = url_to_fs(self.url)
-        except (ValueError, ImportError, OSError) as error:
+        except ImportError as error:
+            raise InputError(f"{url} needs a package that is not installed: {error} (with pip)") from error
+        except (ValueError, OSError) as error:
             raise InputError(f"{url} cannot be opened ({error}): give a URL that fsspec understands") from error
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "monosemy"
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]

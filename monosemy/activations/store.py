@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -374,8 +374,11 @@ class Activations:
         """Which rows of the shard are sinks."""
         return self.folder.statistics(self.check_site(site), shard).sink
 
-    def rows(self, site: Site, rows: Int[np.ndarray, " row"]) -> Float[Tensor, "row d_model"]:
+    def rows(self, site: Site, rows: Sequence[int] | np.ndarray | Tensor) -> Float[Tensor, "row d_model"]:
         """The rows numbered `rows` over all shards, float32, in the order given."""
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
+            raise InputError(f"rows are asked for by {rows.dtype} of shape {rows.shape}; expected one list of integers")
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.n_rows):
             raise InputError(f"rows {rows.min()} to {rows.max()} of {self.path} were asked for; it has {self.n_rows}")
         if len(rows) == 0:

@@ -60,7 +60,7 @@ class GenerateConfig:
     sampling: OmitArgPrefixes[UseAppendAction[SamplingSettings]] = USUAL
     """How to choose the next token, and when to stop."""
     dtype: DtypeName = "auto"
-    """Arithmetic of the model."""
+    """Arithmetic of the model; `auto` is bfloat16 where the processor multiplies it, or else float32."""
 
     def __post_init__(self) -> None:
         if not self.prompts and not self.chat:

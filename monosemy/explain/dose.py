@@ -30,7 +30,7 @@ from monosemy.latents.labels import Label, open_labels
 from monosemy.latents.record import Index, open_index
 from monosemy.llm.checkpoint import load_model
 from monosemy.llm.generate import generate
-from monosemy.llm.model import LanguageModel
+from monosemy.llm.model import LanguageModel, resolved
 from monosemy.llm.sampling import SamplingSettings
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import DtypeName, InputError, Progress, random_stream
@@ -89,7 +89,7 @@ class DoseConfig:
     seed: int = 42
     """Seed of the sampling."""
     dtype: DtypeName = "auto"
-    """Arithmetic of the model."""
+    """Arithmetic of the model; `auto` is bfloat16 where the processor multiplies it, or else float32."""
     batch_size: int = unrecorded(120)
     """Completions written side by side."""
 
@@ -178,6 +178,7 @@ def run(config: DoseConfig) -> Manifest:
             f"{config.index} is the index of another SAE than {config.sae}: run `monosemy index` on this one"
         )
     model = load_model(config.model, config.dtype)
+    config = resolved(config, model)
     check_fits(sae, model)
     parents = {name: read_manifest(getattr(config, name), name).digest for name in ("sae", "index", "labels")}
     with Draft(config.out, "dose", config, parents | {"model": model.fingerprint}) as draft:

@@ -32,7 +32,7 @@ from monosemy.latents.logit_effect import LogitEffects, logit_effects
 from monosemy.latents.record import EXAMPLES_PER_GROUP, Index, LatentRecord, open_index
 from monosemy.latents.tally import AGGREGATIONS, Batch, Tally
 from monosemy.llm.checkpoint import load_model
-from monosemy.llm.model import LanguageModel
+from monosemy.llm.model import LanguageModel, resolved
 from monosemy.llm.sites import Site
 from monosemy.llm.tokenizer import Tokenizer
 from monosemy.runtime import DtypeName, InputError, Progress, random_stream
@@ -57,7 +57,7 @@ class IndexConfig:
     model: str = unrecorded("smollm2")
     """The model the SAE was trained on."""
     dtype: DtypeName = "auto"
-    """Arithmetic of the model, where it is run."""
+    """Arithmetic of the model, if it is run; `auto` is bfloat16 where the processor multiplies it, or else float32."""
     n_examples: int = 50
     """Sentences to keep per latent and aggregation."""
     n_tokens: int = 20
@@ -80,6 +80,7 @@ def run(config: IndexConfig) -> Manifest:
     sae = load_sae(config.sae)
     tokens = open_tokens(config.tokens)
     model = load_model(config.model, config.dtype)
+    config = resolved(config, model)
     check_tokenizer(tokens, model, config.tokens)
     check_fits(sae, model)
     stored = None if config.activations is None else _open_stored(config.activations, tokens, model, sae)

@@ -40,7 +40,7 @@ def write_labels(draft: Draft, labels: list[Label]) -> None:
 
 
 def open_labels(
-    path: Path, index_digest: str | None = None, verify: bool = False, sae_digest: str | None = None
+    path: Path | str, index_digest: str | None = None, verify: bool = False, sae_digest: str | None = None
 ) -> list[Label]:
     """The labels in folder `path`, one per latent, in order.
 
@@ -48,6 +48,7 @@ def open_labels(
     """
     from pyarrow import parquet
 
+    path = Path(path)
     manifest = read_manifest(path, "labels", verify)
     if index_digest is not None and manifest.parents["index"] != index_digest:
         raise InputError(f"{path} explains another index than the one given: run `monosemy explain` on this one")

@@ -242,6 +242,7 @@ def _only(table: pyarrow.Table, aggregation: str) -> pyarrow.Table:
     return table.filter(pyarrow.array(table.column("aggregation").to_numpy() == aggregation))
 
 
-def open_index(path: Path, verify: bool = False) -> Index:
+def open_index(path: Path | str, verify: bool = False) -> Index:
     """Open the index in folder `path`. Raises `InputError` if it is none or is damaged."""
+    path = Path(path)
     return Index(path, read_manifest(path, "index", verify))

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -84,6 +85,14 @@ class LanguageModel(Protocol):
     def make_cache(self, batch: int, capacity: int) -> Any:
         """For `run_layers` of the same model; `length` counts its positions, and `select(rows)` keeps some texts."""
         ...
+
+
+Config = TypeVar("Config")
+
+
+def resolved(config: Config, model: LanguageModel) -> Config:
+    """A stage's `config` with the dtype that `auto` became: it decides the numbers, so it is recorded."""
+    return replace(config, dtype=str(model.dtype).removeprefix("torch."))  # type: ignore[type-var]
 
 
 def check_sites(model: LanguageModel, sites: Iterable[Site]) -> None:

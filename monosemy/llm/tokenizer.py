@@ -143,7 +143,7 @@ class Tokenizer:
             raise InputError("this model has no chat template, so it cannot chat: give a plain prompt")
         for message in messages:
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise InputError(f"the message {dict(message)!r} needs the texts 'role' and 'content'")
+                raise InputError(f"the message {dict(message)!r} needs the texts 'role' and 'content': correct it")
         bos, eos = self._token_text(self.bos), self._token_text(self.eos)
         return render_chat(self.chat_template, messages, bos, eos, add_generation_prompt)
 

@@ -74,21 +74,25 @@ def from_folder(folder: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"{path} cannot be read ({error}): download it again") from error
     settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-    stops = (read_json(folder / "config.json") | read_json(folder / "generation_config.json")).get("eos_token_id")
-    bos = _special_id(inner, settings.get("bos_token"))
+    ids = read_json(folder / "config.json") | read_json(folder / "generation_config.json")
+    stops = ids.get("eos_token_id")
+    bos = _special_id(inner, settings.get("bos_token"), ids.get("bos_token_id"))
     return Tokenizer(
         inner,
         bos=bos,
-        eos=_special_id(inner, settings.get("eos_token")),
+        eos=_special_id(inner, settings.get("eos_token"), stops[0] if isinstance(stops, list) and stops else stops),
         stops=frozenset(stops if isinstance(stops, list) else [] if stops is None else [stops]),
         chat_template=_chat_template(folder, settings),
         adds_bos=bool(settings.get("add_bos_token")) or inner.encode("a").ids[:1] == [bos],
     )
 
 
-def _special_id(inner: tokenizers.Tokenizer, token: str | dict[str, Any] | None) -> int | None:
+def _special_id(inner: tokenizers.Tokenizer, token: str | dict[str, Any] | None, otherwise: Any) -> int | None:
+    """The id of the token that the tokenizer's files name, or what the model's own say: `otherwise`."""
     text = token.get("content") if isinstance(token, dict) else token
-    return None if text is None else inner.token_to_id(text)
+    if text is not None:
+        return inner.token_to_id(text)
+    return otherwise if isinstance(otherwise, int) and inner.id_to_token(otherwise) is not None else None
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:

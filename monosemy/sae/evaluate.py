@@ -24,7 +24,7 @@ from monosemy.activations.capture import PackedBatch, check_tokenizer, length_ba
 from monosemy.artifact import Draft, Manifest, read_manifest, to_json, unrecorded, write_text
 from monosemy.corpus import TokenFile, open_tokens
 from monosemy.llm.checkpoint import load_model
-from monosemy.llm.model import LanguageModel, check_sites
+from monosemy.llm.model import LanguageModel, check_sites, resolved
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import DtypeName, InputError, Progress, random_stream
 from monosemy.sae.autoencoder import SAE, SparseCode, load_sae
@@ -45,7 +45,7 @@ class EvaluateConfig:
     model: str = unrecorded("smollm2")
     """The model the SAE was trained on."""
     dtype: DtypeName = "auto"
-    """Arithmetic of the model."""
+    """Arithmetic of the model; `auto` is bfloat16 where the processor multiplies it, or else float32."""
     max_tokens: int = 50_000
     """Held-out tokens to reconstruct, at most."""
     loss_tokens: int = 8192
@@ -106,6 +106,7 @@ def run(config: EvaluateConfig) -> Manifest:
     sae = load_sae(config.sae)
     tokens = open_tokens(config.tokens)
     model = load_model(config.model, config.dtype)
+    config = resolved(config, model)
     check_tokenizer(tokens, model, config.tokens)
     check_fits(sae, model)
     parents = {

@@ -174,7 +174,7 @@ def _open_source(config: TrainConfig) -> tuple[Activations | LiveActivations, Si
     assert config.tokens is not None
     assert config.site is not None
     live = open_live(CaptureConfig(tokens=config.tokens, out=config.out, model=config.model, sites=(config.site,)))
-    return live, live.sites[0], live.maker.parents
+    return live, live.sites[0], live.maker.parents | {"dtype": live.maker.config.dtype}
 
 
 def _n_steps(config: TrainConfig) -> int:

@@ -20,6 +20,7 @@ from monosemy.activations import capture, store
 from monosemy.activations.capture import CaptureConfig, choose_device, length_batches, plan_shards
 from monosemy.activations.writer import Waiting, Writer
 from monosemy.corpus import open_tokens
+from monosemy.llm.checkpoint import load_model
 from monosemy.llm.llama import Llama
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import InputError, Ranks
@@ -50,6 +51,17 @@ def test_rows_are_what_the_model_computes(config: CaptureConfig, tiny_llama: Lla
         assert bool(table.validation[0]) == bool(tokens.validation[sentence])
         seen += len(table.token)
     assert seen == tokens.n_tokens == activations.n_rows
+
+
+def test_arithmetic_is_recorded_as_what_auto_became(config: CaptureConfig, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # a processor without bfloat16
+    monkeypatch.setattr(capture, "load_model", load_model)
+    assert capture.run(replace(config, dtype="auto", device="cpu")).config["dtype"] == "float32"
+    assert "computes in float32 on cpu" in capsys.readouterr().err
+    with pytest.raises(InputError, match="config dtype: 'float32' then, 'bfloat16' now"):
+        capture.run(replace(config, dtype="bfloat16"))
+    capture.run(replace(config, dtype="float32"))
+    assert f"{config.out} is complete already" in capsys.readouterr().err
 
 
 def test_later_layers_are_not_run(config: CaptureConfig, tiny_llama: Llama, monkeypatch):

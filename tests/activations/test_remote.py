@@ -7,6 +7,7 @@ import fsspec
 import pytest
 import torch
 
+from monosemy import verify
 from monosemy.activations import capture, remote, store
 from monosemy.activations.capture import CaptureConfig
 from monosemy.activations.stream import Stream
@@ -98,3 +99,16 @@ def test_urls_that_lead_nowhere(monkeypatch, tmp_path: Path):
         store.open_activations("nosuch://a")
     with pytest.raises(InputError, match="has no manifest.json"):
         store.open_activations("memory://nowhere")
+
+
+def test_verify_reads_what_is_at_a_url(config: CaptureConfig, url: str, capsys):
+    capture.run(config)
+    verify.run(verify.VerifyConfig((Path(url),)))
+    assert f"{url}: an 'activations' artifact" in capsys.readouterr().out
+
+
+def test_other_stages_refuse_a_url_before_they_begin(tiny_run: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"is a URL, and only `monosemy capture` writes to one: give a folder"):
+        train.run(train.TrainConfig(activations=tiny_run / "activations", out=Path(f"file://{tmp_path}/sae")))
+    assert not list(tmp_path.iterdir())

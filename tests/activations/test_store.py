@@ -98,6 +98,14 @@ def test_rows_beyond_the_last(tiny_run: Path):
         activations.rows(SITE, np.array([3, activations.n_rows]))
 
 
+def test_rows_asked_for_by_a_list(tiny_run: Path):
+    activations = store.open_activations(str(tiny_run / "activations"))
+    assert torch.equal(activations.rows(SITE, [5, 1]), activations.rows(SITE, np.array([5, 1])))
+    assert torch.equal(activations.rows(SITE, torch.tensor([5, 1])), activations.rows(SITE, [5, 1]))
+    with pytest.raises(InputError, match=r"asked for by float64 of shape \(1,\); expected one list of integers"):
+        activations.rows(SITE, np.array([1.5]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Counts, means, variances
 # ---------------------------------------------------------------------------------------------------------------------
