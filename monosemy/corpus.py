@@ -48,7 +48,7 @@ class TokenizeConfig:
     """What `tokenize` needs to know."""
 
     model: str = unrecorded()
-    """Whose tokenizer: `smollm2`, a .gguf file or a Hugging Face folder."""
+    """Whose tokenizer: `smollm2`, a folder, a .gguf file, or a Hub id such as org/name."""
     text: tuple[str, ...] = unrecorded()
     """Documents: .txt, .md, .jsonl (each also .gz or .zst), .parquet, .zip, folders of them; `-` for plain text from
     stdin, `stdin:jsonl` for other kinds; `hf:NAME:CONFIG@SPLIT#DOCUMENTS` for a dataset of the Hugging Face Hub or in a

@@ -52,7 +52,7 @@ class CaptureConfig:
     out: Path = unrecorded()
     """Folder for the activations, or a URL such as s3://bucket/activations (extra `remote`)."""
     model: str = unrecorded("smollm2")
-    """Model: `smollm2`, a .gguf file, or a Hugging Face folder."""
+    """Model: `smollm2`, a folder, a .gguf file, or a Hub id: org/name, org/name@revision, org/name:file.gguf."""
     sites: tuple[str, ...] = ("L24.resid_post",)
     """Sites to store, for example L24.resid_post."""
     dtype: DtypeName = "auto"

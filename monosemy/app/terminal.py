@@ -44,7 +44,7 @@ class GenerateConfig:
     prompts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT...")] = ()
     """Texts to continue, all at once; `-` reads one from standard input. None, with --chat: a conversation."""
     model: str = "smollm2"
-    """Model: `smollm2`, a .gguf file, or a Hugging Face folder."""
+    """Model: `smollm2`, a folder, a .gguf file, or a Hub id: org/name, org/name@revision, org/name:file.gguf."""
     sae: Path | None = None
     """SAE, made by `monosemy train`; needed to steer or explain."""
     steer: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="LATENT=STRENGTH")] = ()

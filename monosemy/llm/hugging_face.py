@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from monosemy.llm.layout import Packing, pack
+from monosemy.llm.layout import Packing, check_ids, pack
 from monosemy.llm.sites import Site, Taps
 from monosemy.llm.tokenizer import Tokenizer, read_json
 from monosemy.runtime import InputError, require
@@ -228,6 +228,7 @@ class HuggingFaceModel(nn.Module):
     def embed(self, ids: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_model"]:
         """What `run_layers` takes at layer 0: the tokens' embeddings, scaled where the model scales them. Learned
         positions (GPT-2) are added by `run_layers`, which knows them, before the first site."""
+        check_ids(ids, self.config.vocabulary)
         return self.embedding(ids.to(self.device))
 
     def run_layers(
@@ -306,7 +307,7 @@ class HuggingFaceModel(nn.Module):
 
     def _check_taps(self, taps: Taps) -> None:
         taps.check(self.config.n_layers, self.name)
-        for site in sorted({*taps.reads, *taps.edits}):
+        for site in sorted(taps.sites):
             if self.config.parallel_residual and site.point == "resid_mid":
                 raise InputError(
                     f"{site}: in {self.name}, attention and MLP both read resid_pre, so there is no stream between "

@@ -143,8 +143,17 @@ def packed_positions(
     return Positions(cosine, sine, visible is None, visible, packing)
 
 
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Raise `InputError` unless `ids` are (text, position) and, as far as the CPU can see, tokens of the vocabulary."""
+    if ids.dim() != 2 or 0 in ids.shape:
+        raise InputError(f"the ids have shape {tuple(ids.shape)}; expected (text, position), with one token at least")
+    if ids.device.type == "cpu" and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+        raise InputError(f"the ids run from {int(ids.min())} to {int(ids.max())}; tokens are 0 to {vocabulary - 1}")
+
+
 def pack(hidden: Float[Tensor, "row token d_model"], lengths: Int[Tensor, " text"]) -> Packing:
     """The layout of texts of these `lengths` in the one row of `hidden`. Raises `InputError` if they do not fill it."""
+    lengths = torch.as_tensor(lengths)
     if hidden.shape[0] != 1 or not len(lengths) or int(lengths.min()) < 1 or int(lengths.sum()) != hidden.shape[1]:
         raise InputError(
             f"the lengths of packed texts sum to {int(lengths.sum())} and the input has shape "

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from monosemy.llm.layout import KeyValueCache, Positions, packed_positions, padded_positions
+from monosemy.llm.layout import KeyValueCache, Positions, check_ids, packed_positions, padded_positions
 from monosemy.llm.sites import Taps
 from monosemy.runtime import InputError
 
@@ -234,7 +234,8 @@ class Llama(nn.Module):
         return self.unembed(hidden)
 
     def embed(self, ids: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_model"]:
-        """The residual stream that enters layer 0."""
+        """The residual stream that enters layer 0. Raises `InputError` for what are no token ids."""
+        check_ids(ids, self.config.vocabulary)
         return functional.embedding(ids.to(self.device), self.embedding.weight)
 
     def run_layers(
@@ -264,9 +265,9 @@ class Llama(nn.Module):
         if lengths is None:
             positions = padded_positions(hidden, mask, cache, window, self._rotary_tables)
         else:
+            if mask is not None or cache is not None:
+                raise InputError("a packed row takes neither mask nor cache: pad the texts on the left instead")
             positions = packed_positions(hidden, lengths, window, self._rotary_tables)
-            assert mask is None, "a packed row has no padding"
-            assert cache is None, "a packed row cannot be cached: pad the texts on the left"
         if taps is not None:
             taps.check(self.config.n_layers, self.name)
             taps.mask = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask
@@ -288,7 +289,7 @@ class Llama(nn.Module):
         cache: KeyValueCache | None,
     ) -> tuple[Tensor, int]:
         """Run layer `start`, or up to `stop` those that `decode` can run at once; says which one is next."""
-        tapped = set() if taps is None else {site.layer for site in (*taps.reads, *taps.edits)}
+        tapped = set() if taps is None else {site.layer for site in taps.sites}
         if cache is None or start in tapped or not decodes(hidden):
             return self.layers[start](hidden, positions, taps, cache), start + 1
         from monosemy.llm import decode

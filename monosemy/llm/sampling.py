@@ -52,8 +52,8 @@ class SamplingSettings:
             raise InputError(f"top_k is {self.top_k}; expected 0 (all tokens) or more, for example 40")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p is {self.min_p}; expected 0 to 1, for example 0.05")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise InputError(f"repetition_penalty is {self.repetition_penalty}; expected more than 0, for example 1.1")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise InputError(f"repetition_penalty is {self.repetition_penalty}; expected 0.01 to 100, for example 1.1")
         if isinstance(self.stop, str):
             raise InputError(f"stop is {self.stop!r}; expected several strings: ({self.stop!r},)")
         if "" in self.stop:

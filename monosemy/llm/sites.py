@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import total_ordering
+from typing import cast
 
 from torch import Tensor
 
@@ -106,7 +107,8 @@ class Taps:
     taps.values[site]   # (batch, position, d_model), after the edit
     """
 
-    reads: Iterable[Site] = field(default_factory=set)
+    reads: Iterable[Site | str] = field(default_factory=set)
+    """Sites, or their names; afterwards, a set of sites."""
     edits: dict[Site, Edit] = field(default_factory=dict)
     """Each receives its site's tensor (batch, position, d_model) and which positions hold a token rather than padding
     (batch, position), and returns what takes the tensor's place. It must not modify the tensor it was given: another
@@ -117,11 +119,16 @@ class Taps:
     """Set by the model: where the last forward pass had tokens."""
 
     def __post_init__(self) -> None:
-        self.reads = set(self.reads)
+        self.reads = {Site.parse(site) if isinstance(site, str) else site for site in self.reads}
+
+    @property
+    def sites(self) -> set[Site]:
+        """Every site that is read or edited."""
+        return cast("set[Site]", {*self.reads, *self.edits})
 
     def check(self, n_layers: int, model_name: str) -> None:
         """Raise `InputError` if a site lies beyond the model."""
-        for site in {*self.reads, *self.edits}:
+        for site in self.sites:
             check_site(site, n_layers, model_name)
 
     def visit(self, layer: int, point: str, tensor: Tensor) -> Tensor:
@@ -136,9 +143,9 @@ class Taps:
     def _edited(self, site: Site, tensor: Tensor) -> Tensor:
         assert self.mask is not None, "a model sets the mask before it visits the first site"
         replacement = self.edits[site](tensor, self.mask)
-        if replacement.shape != tensor.shape:
+        if not isinstance(replacement, Tensor) or replacement.shape != tensor.shape:
+            returned = tuple(replacement.shape) if isinstance(replacement, Tensor) else type(replacement).__name__
             raise InputError(
-                f"the edit at {site} returned shape {tuple(replacement.shape)}; "
-                f"expected that of its input, {tuple(tensor.shape)}"
+                f"the edit at {site} returned shape {returned}; expected that of its input, {tuple(tensor.shape)}"
             )
         return replacement.to(tensor.dtype)

@@ -98,7 +98,10 @@ def _special_id(inner: tokenizers.Tokenizer, token: str | dict[str, Any] | None,
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is not UTF-8 ({error}): download it again") from error
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {item["name"]: item["template"] for item in template}.get("default")

@@ -106,6 +106,24 @@ def test_lengths_that_are_not_the_rows(lengths: tuple[int, ...]):
         windowed(None)(torch.zeros(1, 12, dtype=torch.long), lengths=torch.tensor(lengths, dtype=torch.long))
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([[1, 64]]), "the ids run from 1 to 64; tokens are 0 to 63"),
+        (torch.tensor([[-1]]), "the ids run from -1 to -1"),
+        (torch.zeros(1, 0, dtype=torch.long), r"the ids have shape \(1, 0\); expected \(text, position\)"),
+    ],
+)
+def test_ids_that_are_none(ids: torch.Tensor, message: str):
+    with pytest.raises(InputError, match=message):
+        windowed(None)(ids)
+
+
+def test_packed_rows_take_no_mask():
+    with pytest.raises(InputError, match="a packed row takes neither mask nor cache"):
+        windowed(None)(torch.ones(1, 3, dtype=torch.long), lengths=torch.tensor([3]), mask=torch.ones(1, 3).bool())
+
+
 def test_layers_run_in_parts(tiny_llama: Llama):
     hidden = tiny_llama.run_layers(tiny_llama.embed(IDS), end=1)
     logits = tiny_llama.unembed(tiny_llama.run_layers(hidden, start=1))

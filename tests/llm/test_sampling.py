@@ -124,7 +124,7 @@ def test_logits_that_are_not_finite_are_refused(value: float, temperature: float
         ({"min_p": -0.1}, r"min_p is -0\.1; expected 0 to 1"),
         ({"min_p": 1.1}, r"min_p is 1\.1"),
         ({"min_p": math.nan}, "min_p is nan"),
-        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0; expected more than 0"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0; expected 0\.01 to 100"),
         ({"repetition_penalty": math.inf}, "repetition_penalty is inf"),
         ({"stop": ("END", "")}, "a stop string is empty: leave it out"),
     ],

@@ -173,6 +173,17 @@ def test_an_edit_is_told_where_tokens_are(model: Llama):
     assert masks[2].shape == (1, 24)
 
 
+def test_sites_to_read_by_name(model: Llama):
+    taps = Taps(reads=["L1.mlp_in"])
+    model(IDS, taps=taps)
+    assert set(taps.values) == {Site(1, "mlp_in")}
+
+
+def test_an_edit_that_returns_nothing(model: Llama):
+    with pytest.raises(InputError, match=r"edit at L1\.mlp_out returned shape NoneType; expected"):
+        model(IDS, taps=Taps(edits={Site(1, "mlp_out"): lambda *_: None}))  # type: ignore[dict-item]
+
+
 def test_an_edit_keeps_the_model_s_dtype(load_llama: Callable[..., Llama], odd_folder: Path):
     model, site = load_llama(odd_folder, torch.bfloat16), Site(0, "resid_post")
     taps = Taps({site}, {site: lambda tensor, _: tensor.float() + 1})
