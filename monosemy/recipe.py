@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from tyro.conf import Positional
 
 from monosemy.artifact import write_text
-from monosemy.runtime import InputError, duration, require, say
+from monosemy.runtime import InputError, duration, require
 
 RECIPE_COPY = "recipe.toml"
 TIMINGS = "timings.json"
@@ -95,8 +95,6 @@ def run(config: RunConfig) -> None:
         function: Callable[[Any], object] = import_module(f"monosemy.{stage.module}").run
         start = time.monotonic()
         fresh = not stage_config.out.exists() or stage.name == "report"
-        if not fresh:
-            say(f"{stage.name}: {stage_config.out} is complete")
         function(stage_config)
         if fresh:
             timings[stage.name] = timings.get(stage.name, 0.0) + time.monotonic() - start

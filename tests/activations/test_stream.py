@@ -193,7 +193,7 @@ def test_training_on_the_fly_is_training_from_disk(
             train.run(on_the_fly)
     manifest = train.run(on_the_fly)
     assert sorted(manifest.files) == ["history.parquet", "sae.json", "sae.safetensors"]
-    assert manifest.parents.keys() == {"model", "tokens"}
+    assert manifest.parents.keys() == {"model", "tokens", "dtype"}
     for name in manifest.files:
         assert (on_the_fly.out / name).read_bytes() == (stored.out / name).read_bytes()
 
