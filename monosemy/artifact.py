@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import pyarrow
     import torch
 
+URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")
+"""What a `Path` makes of a URL: one of its slashes is lost."""
+
 FORMAT_VERSION = 2
 """Raised whenever a reader of the old format would misread the new one."""
 
@@ -201,7 +204,7 @@ class Draft:
         return self
 
     def _open(self) -> None:
-        if re.match(r"[a-z][a-z0-9+.-]+:/", str(self.out)):
+        if URL.fullmatch(str(self.out)):
             raise InputError(f"{self.out} is a URL, and only `monosemy capture` writes to one: give a folder")
         if self.out.exists():
             self.check_same_command(read_manifest(self.out, self.identity["kind"]))

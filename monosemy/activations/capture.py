@@ -31,6 +31,7 @@ from monosemy.activations.writer import Writer
 from monosemy.artifact import Draft, Manifest, unrecorded
 from monosemy.corpus import TokenFile, open_tokens
 from monosemy.llm.checkpoint import load_model
+from monosemy.llm.layout import ranges
 from monosemy.llm.model import LanguageModel, check_sites, resolved
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import DtypeName, InputError, Progress, Ranks, joined_ranks, random_stream, say
@@ -86,7 +87,7 @@ def run(config: CaptureConfig) -> Manifest:
     """Make the activations artifact `config.out`, or go on with it. Under `torchrun` all ranks share the work."""
     with joined_ranks() as ranks:
         tokens = open_tokens(config.tokens)
-        model = load_model(config.model, config.dtype, choose_device(config.device))
+        model = load_model(config.model, config.dtype, rank_device(config.device))
         config = resolved(config, model)
         say(f"capture: {model.name} computes in {config.dtype} on {model.device.type}")
         maker = ShardMaker(model, tokens, config)
@@ -101,7 +102,7 @@ def run(config: CaptureConfig) -> Manifest:
         return remote.read_manifest(KIND)
 
 
-def choose_device(name: DeviceName) -> torch.device:
+def rank_device(name: DeviceName) -> torch.device:
     """The device called `name`; each of `torchrun`'s ranks on a machine has a GPU of its own."""
     number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if name == "cpu" or (name == "auto" and there == 0):
@@ -154,12 +155,6 @@ def length_batches(
         ids = tokens.ids[ranges(tokens.starts[chosen], tokens.lengths[chosen])].long()[None]
         yield PackedBatch(order[start:stop], ids, tokens.lengths[chosen])
         start = stop
-
-
-def ranges(starts: Int[Tensor, " range"], lengths: Int[Tensor, " range"]) -> Int[Tensor, " place"]:
-    """start, start + 1, ..., start + length - 1 of each range, one after the other."""
-    before = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)
 
 
 @torch.inference_mode()

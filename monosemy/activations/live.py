@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from monosemy.activations.capture import CaptureConfig, RawShard, ShardMaker, choose_device
+from monosemy.activations.capture import CaptureConfig, RawShard, ShardMaker, rank_device
 from monosemy.activations.store import RowTable, ShardFolder, SiteStatistics, StoredRows
 from monosemy.corpus import open_tokens
 from monosemy.llm.checkpoint import load_model
@@ -77,5 +77,5 @@ class LiveActivations:
 
 def open_live(config: CaptureConfig) -> LiveActivations:
     """The activations that `capture` would store with `config`. Raises `InputError` as `capture` does."""
-    model = load_model(config.model, config.dtype, choose_device(config.device))
+    model = load_model(config.model, config.dtype, rank_device(config.device))
     return LiveActivations(ShardMaker(model, open_tokens(config.tokens), resolved(config, model)))

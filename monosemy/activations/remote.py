@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from monosemy.artifact import MANIFEST, Manifest, atomic, parse_manifest, read_manifest
+from monosemy.artifact import MANIFEST, URL, Manifest, atomic, parse_manifest, read_manifest
 from monosemy.runtime import InputError, require
-
-URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")
 
 
 def remote_url(path: Path | str) -> str | None:

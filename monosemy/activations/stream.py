@@ -85,6 +85,7 @@ class Stream:
         """Rows that a shard gives in an epoch, as far as known."""
         self._window = lru_cache(maxsize=2)(self._make_window)
         self._windows = lru_cache(maxsize=2)(self._plan_windows)
+        self._size = lru_cache(maxsize=None)(self._count)  # every batch asks for those of all windows
         self._thread = ThreadPoolExecutor(1, "stream")
         self._ahead: tuple[Share, Future[tuple[Tensor, bool]]] | None = None
         self._locate(0)
@@ -171,7 +172,7 @@ class Stream:
         ends = self.split_sizes[order].cumsum()
         return np.split(order, np.flatnonzero(np.diff((ends - 1) // self.window_rows)) + 1)
 
-    def _size(self, epoch: int, number: int) -> int:
+    def _count(self, epoch: int, number: int) -> int:
         """Rows that a window gives."""
         members = self._windows(epoch)[number].tolist()
         for member in members:

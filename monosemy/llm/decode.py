@@ -20,7 +20,6 @@ from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, no_type_check
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -29,6 +28,8 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from monosemy.compiled import bfloat16_of_float, compiled, float_of_bfloat16
+
 if TYPE_CHECKING:
     from monosemy.llm.layout import KeyValueCache, Positions
 
@@ -36,7 +37,6 @@ MOST_THREADS = 16
 SPINS = 2000
 """Looks at a barrier before a thread lets others have its core."""
 
-compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"}, error_model="numpy")
 sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,15 +44,14 @@ sched_yield = types.ExternalFunction("sched_yield", types.int32())
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pointer_to(result: types.Type, size: int) -> Any:
+def pointer_to(result: types.Type) -> Any:
     """The intrinsic that reads an address as an array of `result`."""
 
     @intrinsic
     @no_type_check
     def read(typing_context, address, index):
         def generate(context, builder, signature, arguments):
-            kind = ir.IntType(size) if isinstance(result, types.Integer) else context.get_value_type(result)
-            pointer = builder.inttoptr(arguments[0], kind.as_pointer())
+            pointer = builder.inttoptr(arguments[0], context.get_value_type(result).as_pointer())
             return builder.load(builder.gep(pointer, [arguments[1]]))
 
         return result(types.int64, types.int64), generate
@@ -60,15 +59,14 @@ def pointer_to(result: types.Type, size: int) -> Any:
     return read
 
 
-def writer_to(value: types.Type, size: int) -> Any:
+def writer_to(value: types.Type) -> Any:
     """The intrinsic that writes to an address, as to an array of `value`."""
 
     @intrinsic
     @no_type_check
     def write(typing_context, address, index, item):
         def generate(context, builder, signature, arguments):
-            kind = ir.IntType(size) if isinstance(value, types.Integer) else context.get_value_type(value)
-            pointer = builder.inttoptr(arguments[0], kind.as_pointer())
+            pointer = builder.inttoptr(arguments[0], context.get_value_type(value).as_pointer())
             builder.store(arguments[2], builder.gep(pointer, [arguments[1]]))
             return context.get_dummy_value()
 
@@ -77,26 +75,8 @@ def writer_to(value: types.Type, size: int) -> Any:
     return write
 
 
-read_float, read_bits = pointer_to(types.float32, 32), pointer_to(types.uint16, 16)
-write_float, write_bits = writer_to(types.float32, 32), writer_to(types.uint16, 16)
-
-
-@intrinsic
-@no_type_check
-def as_float(typing_context, bits):
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic
-@no_type_check
-def as_bits(typing_context, number):
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
+read_float, read_bits = pointer_to(types.float32), pointer_to(types.uint16)
+write_float, write_bits = writer_to(types.float32), writer_to(types.uint16)
 
 
 @intrinsic
@@ -158,7 +138,7 @@ def load_row(address, bfloat16, first, rows, which):
     """rows[which] = the elements from `first` on. (No slice: numba counts references to each, atomically.)"""
     if bfloat16:
         for i in range(rows.shape[1]):
-            rows[which, i] = as_float(np.uint32(read_bits(address, first + i)) << np.uint32(16))
+            rows[which, i] = float_of_bfloat16(read_bits(address, first + i))
     else:
         for i in range(rows.shape[1]):
             rows[which, i] = read_float(address, first + i)
@@ -167,12 +147,10 @@ def load_row(address, bfloat16, first, rows, which):
 @compiled
 @no_type_check
 def store_row(address, bfloat16, first, row):
-    """The elements from `first` on = row, rounded to the nearest, ties to even."""
+    """The elements from `first` on = row."""
     for i in range(len(row)):
         if bfloat16:
-            bits = as_bits(row[i])
-            bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-            write_bits(address, first + i, np.uint16(bits >> np.uint32(16)))
+            write_bits(address, first + i, bfloat16_of_float(row[i]))
         else:
             write_float(address, first + i, row[i])
 

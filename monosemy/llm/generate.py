@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from monosemy.llm.model import LanguageModel
+from monosemy.llm.model import LanguageModel, check_sites
 from monosemy.llm.sampling import SamplingSettings, choose
 from monosemy.llm.sites import Edit, Taps
 from monosemy.llm.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def generate(
 
     Raises:
         InputError: at once, if a prompt is empty, is too long for the model, or has ids that it does not know, or if
-            a site of `taps` lies beyond the model. In the stream: logits that are not finite.
+            the model lacks a site of `taps`. In the stream: logits that are not finite.
     """
     _check(model, prompts, settings, taps)
     readers = [TextStream(model.tokenizer if settings.stop else None, settings.stop) for _ in prompts]
@@ -117,7 +117,7 @@ def _check(
         if min(prompt) < 0 or max(prompt) >= model.config.vocabulary:
             raise InputError(f"prompt {number} has ids beyond the vocabulary, 0 to {model.config.vocabulary - 1}")
     if taps is not None:
-        taps.check(model.config.n_layers, model.name)
+        check_sites(model, taps.sites)
 
 
 @torch.inference_mode()

@@ -57,17 +57,21 @@ class KeyValueCache:
         self.padded = not bool(self.real.all())
 
 
+def ranges(starts: Int[Tensor, " range"], lengths: Int[Tensor, " range"]) -> Int[Tensor, " place"]:
+    """start, start + 1, ..., start + length - 1 of each range, one after the other."""
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum()), device=lengths.device) + (starts - before).repeat_interleave(lengths)
+
+
 class Packing:
     """Texts one after the other in one row, and how to lay them out as a padded batch, which attention wants."""
 
     def __init__(self, lengths: Int[Tensor, " text"], device: torch.device) -> None:
         self.texts, self.longest, self.tokens = len(lengths), int(lengths.max()), int(lengths.sum())
         lengths = lengths.to(device)
-        first = lengths.cumsum(0) - lengths
-        self.position = torch.arange(self.tokens, device=device) - first.repeat_interleave(lengths)
+        self.position = ranges(torch.zeros_like(lengths), lengths)
         """(token,): place of each token in its text."""
-        row = torch.arange(self.texts, device=device).repeat_interleave(lengths)
-        self.place = row * self.longest + self.position
+        self.place = ranges(torch.arange(self.texts, device=device) * self.longest, lengths)
         """(token,): where it lies in the padded batch, flattened."""
         self.full = self.tokens == self.texts * self.longest
 

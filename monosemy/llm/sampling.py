@@ -60,6 +60,7 @@ class SamplingSettings:
             raise InputError("a stop string is empty: leave it out, or say what should end the text")
 
 
+@one_thread()
 def choose(
     logits: Float[Tensor, "prompt vocabulary"],
     settings: SamplingSettings,
@@ -76,13 +77,6 @@ def choose(
     Raises:
         InputError: a prompt whose largest logit is not a finite number.
     """
-    with one_thread():
-        return _choose(logits, settings, streams, seen)
-
-
-def _choose(
-    logits: Tensor, settings: SamplingSettings, streams: Sequence[np.random.Generator], seen: Tensor | None
-) -> list[int]:
     if settings.repetition_penalty != 1:
         assert seen is not None, "a repetition penalty must know what was written"
         logits = penalize(logits, seen, settings.repetition_penalty)

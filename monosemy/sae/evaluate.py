@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from monosemy.activations.capture import PackedBatch, check_tokenizer, length_batches
+from monosemy.activations.store import Moments
 from monosemy.artifact import Draft, Manifest, read_manifest, to_json, unrecorded, write_text
 from monosemy.corpus import TokenFile, open_tokens
 from monosemy.llm.checkpoint import load_model
@@ -202,7 +203,7 @@ class ReconstructionSums:
         self.fired += torch.bincount(code.indices[code.values > 0].long(), minlength=len(self.fired))
 
     def result(self) -> Reconstruction:
-        n = self.raw.count
+        n = self.raw.moments.count
         if n == 0:
             raise InputError("no row is left to evaluate: every held-out row is an attention sink")
         frequency = self.fired.double() / n
@@ -223,23 +224,16 @@ class VarianceSums:
     """Total variance of rows about their mean, and total squared error, both exact over all rows seen."""
 
     def __init__(self, width: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(width, dtype=torch.float64)
-        self.variance = 0.0
+        self.moments = Moments.of(torch.zeros(0, width))
         self.error = 0.0
 
     def add(self, rows: Tensor, error: Tensor) -> None:
-        mean = rows.double().mean(dim=0)
-        total = self.count + len(rows)
-        between = (mean - self.mean).square().sum().item() * self.count * len(rows) / total
-        self.variance += (rows.double() - mean).square().sum().item() + between
-        self.mean += (mean - self.mean) * (len(rows) / total)
-        self.count = total
+        self.moments = self.moments.merge(Moments.of(rows))
         self.error += error.double().square().sum().item()
 
     @property
     def fvu(self) -> float:
-        return self.error / self.variance if self.variance > 0 else float("nan")
+        return self.error / self.moments.deviations if self.moments.deviations > 0 else float("nan")
 
 
 class LossSums:

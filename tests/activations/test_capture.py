@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from monosemy.activations import capture, store
-from monosemy.activations.capture import CaptureConfig, choose_device, length_batches, plan_shards
+from monosemy.activations.capture import CaptureConfig, length_batches, plan_shards, rank_device
 from monosemy.activations.writer import Waiting, Writer
 from monosemy.corpus import open_tokens
 from monosemy.llm.checkpoint import load_model
@@ -279,13 +279,13 @@ def test_nan_activations_are_refused(config: CaptureConfig, monkeypatch):
 
 def test_a_rank_without_a_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    assert rank_device("auto") == rank_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="rank 0 of this machine needs a GPU, and it has 0: .* --device cpu"):
-        choose_device("cuda")
+        rank_device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="rank 2 of this machine needs a GPU, and it has 2: start fewer"):
-        choose_device("auto")
+        rank_device("auto")
 
 
 @pytest.mark.gpu
