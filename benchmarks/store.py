@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from pairs import keep
 
-from monosemy import corpus
+from monosemy import corpus, options
 from monosemy.activations import capture
 from monosemy.activations.store import open_activations
 from monosemy.activations.stream import Stream
@@ -71,10 +71,10 @@ def main() -> None:
             )
             with torch.inference_mode(False):
                 train.run(
-                    train.TrainConfig(
+                    options.build(train.TrainConfig, dict(
                         activations=made, out=folder / f"sae-{stored_as}", n_latents=4096, k=32,
                         train_tokens=arguments.train_tokens,
-                    )
+                    ))
                 )  # fmt: skip
             found = fvu(folder / f"sae-{stored_as}", folder / "float32")
             bytes_per_row = manifest.facts["sites"][str(SITE)]["bytes_per_row"]

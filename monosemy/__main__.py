@@ -27,7 +27,7 @@ COMMANDS = {
     "run": Command("recipe", "RunConfig", "run", "all stages of a recipe, from text to a steered latent and a report"),
     "tokenize": Command("corpus", "TokenizeConfig", "run", "documents -> sentences -> token file"),
     "capture": Command("activations.capture", "CaptureConfig", "run", "token file -> activations at the named sites"),
-    "train": Command("sae.train", "TrainConfig", "run", "activations -> sparse autoencoder"),
+    "train": Command("sae.train", "TrainConfig", "train_all", "activations -> sparse autoencoder, or a grid of them"),
     "evaluate": Command("sae.evaluate", "EvaluateConfig", "run_and_print", "FVU, L0, dead latents, loss recovered"),
     "index": Command("latents.index", "IndexConfig", "run", "examples and statistics of every latent"),
     "explain": Command("explain.explainer", "ExplainConfig", "run", "a label for every latent"),
@@ -98,7 +98,7 @@ def parse(name: str, config: type, arguments: list[str]) -> object:
     """An instance of the dataclass `config` from command-line `arguments`; usage errors exit with code 2."""
     import tyro
 
-    return tyro.cli(config, prog=f"monosemy {name}", args=arguments)
+    return tyro.cli(config, prog=f"monosemy {name}", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
 
 
 if __name__ == "__main__":

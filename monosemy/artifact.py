@@ -24,6 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from monosemy import options
 from monosemy.runtime import ALONE, InputError, Ranks, say
 
 if TYPE_CHECKING:
@@ -91,9 +92,9 @@ def to_json(value: Any) -> str:
 
 
 def recorded_config(config: Any) -> dict[str, Any]:
-    """The fields of dataclass `config` that decide what is made."""
-    fields = [field for field in dataclasses.fields(config) if field.metadata.get("recorded", True)]
-    return json.loads(to_json({field.name: getattr(config, field.name) for field in fields}))
+    """The options of dataclass `config` that decide what is made."""
+    fields, values = options.options(type(config)), options.values(config)
+    return json.loads(to_json({name: values[name] for name in fields if fields[name].metadata.get("recorded", True)}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
+from monosemy import options
 from monosemy.artifact import write_text
 from monosemy.runtime import InputError, duration, require
 
@@ -139,7 +140,7 @@ def plan_stages(text: str, name: str, out: Path) -> list[tuple[Stage, Any]]:
 
 def _stage_config(stage: Stage, section: Any, available: dict[str, Any], name: str, out: Path) -> Any:
     config_class = getattr(import_module(f"monosemy.{stage.module}"), stage.config)
-    allowed = {field.name for field in dataclasses.fields(config_class)} - {*stage.inputs, "out", "run"}
+    allowed = {*options.options(config_class)} - {*stage.inputs, "out", "run"}
     if not isinstance(section, dict):
         raise InputError(f"recipe {name}: {stage.name} is {section!r}; expected a section [{stage.name}]")
     for key in section:
@@ -153,7 +154,7 @@ def _stage_config(stage: Stage, section: Any, available: dict[str, Any], name: s
         inputs["run"] = out
     try:
         values = {key: _as_tuple(value) for key, value in (section | inputs).items()}
-        return config_class(**values, out=out / stage.folder)
+        return options.build(config_class, values | {"out": out / stage.folder})
     except (InputError, TypeError) as error:
         raise InputError(f"recipe {name}, [{stage.name}]: {error}") from None
 

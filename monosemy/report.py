@@ -21,8 +21,10 @@ from monosemy.explain.dose import Choice, Dose, load_choice
 from monosemy.latents.labels import Label, open_labels
 from monosemy.latents.record import Example, Index, open_index
 from monosemy.runtime import InputError, count, require
+from monosemy.sae.activity import read_intervals
 from monosemy.sae.autoencoder import load_sae
 from monosemy.sae.evaluate import load_metrics, summary
+from monosemy.sae.tracking import read_history
 
 THEME = "talk of "
 """How the local explainer begins the label of a latent that follows a topic."""
@@ -226,21 +228,26 @@ def _settings(folder: Path) -> list[tuple[str, str]]:
 
 
 def training_plot(sae: Path) -> str:
-    """FVU and dead latents against tokens, from the history of an SAE artifact, as SVG."""
-    from pyarrow import parquet
-
-    history = parquet.read_table(sae / "history.parquet")
-    columns = {name: history.column(name).to_numpy() for name in history.column_names}
+    """FVU, and dead, revived and dense latents, against tokens, of an SAE artifact, as SVG."""
+    history = [line for line in read_history(sae) if "fvu" in line]
+    columns = {name: np.array([line[name] for line in history]) for name in ("tokens", "fvu", "aux_loss")}
+    validations = [(line["tokens"], line["validation_fvu"]) for line in read_history(sae) if "validation_fvu" in line]
+    intervals = read_intervals(sae, read_manifest(sae, "sae").config["dead_after_tokens"])
     figure, (left, right) = _figure(2)
     left.plot(columns["tokens"], columns["fvu"], color="C0", label="FVU of the batch")
+    if validations:
+        left.plot(*zip(*validations, strict=True), color="C2", marker="o", markersize=3, label="FVU of held-out rows")
     if columns["aux_loss"].max() > 0:
         left.plot(columns["tokens"], columns["aux_loss"], color="C1", label="auxiliary loss")
     left.set(
         xlabel="training tokens", ylabel="fraction of variance unexplained", ylim=(0, min(1, columns["fvu"].max()))
     )
     left.legend(frameon=False)
-    right.plot(columns["tokens"], columns["dead"], color="C3")
-    right.set(xlabel="training tokens", ylabel="dead latents", ylim=(0, None))
+    tokens = [interval.tokens for interval in intervals]
+    for name, colour in (("dead", "C3"), ("revived", "C2"), ("dense", "C4")):
+        right.plot(tokens, [getattr(interval, name) for interval in intervals], color=colour, label=name)
+    right.set(xlabel="training tokens", ylabel="latents", ylim=(0, None))
+    right.legend(frameon=False)
     for axes in (left, right):
         axes.xaxis.set_major_formatter(lambda value, _: count(value))
     return _svg(figure)

@@ -60,12 +60,14 @@ def vector_edit(sae: SAE, changes: Float[Tensor, "batch d_model"]) -> Edit:
     def edit(hidden: Float[Tensor, "batch position d_model"], _: Tensor) -> Float[Tensor, "batch position d_model"]:
         rows = hidden.flatten(0, 1)
         _, _, scale = sae.normalize(rows)
-        scale = torch.where(sae.is_sink(rows)[:, None], 0.0, scale).view(*hidden.shape[:2], 1)
+        if sae.config.target_site is None:  # what the SAE knows of sinks is the norm of its input
+            scale = torch.where(sae.is_sink(rows)[:, None], 0.0, scale)
+        scale = scale.view(*hidden.shape[:2], 1)
         return (hidden.float() + scale * changes[:, None]).to(hidden.dtype)
 
     return edit
 
 
 def steering(sae: SAE, additions: Sequence[Addition]) -> Taps:
-    """`Taps` for `generate`: the model runs with `additions` made at the SAE's site."""
-    return Taps(edits={Site.parse(sae.config.site): addition_edit(sae, additions)})
+    """`Taps` for `generate`: the model runs with `additions` made at the site that the SAE reconstructs."""
+    return Taps(edits={Site.parse(sae.config.output_site): addition_edit(sae, additions)})

@@ -12,6 +12,7 @@ install_import_hook("monosemy", "conftest.check_types")  # before anything of mo
 import pytest
 import torch
 
+from monosemy import options
 from monosemy.artifact import write_tensors
 from monosemy.llm.checkpoint import load_model, load_tokenizer
 from monosemy.llm.llama import Llama
@@ -109,7 +110,7 @@ TINY_TEXT = "The delegates gathered at the United Nations. They spoke of peace. 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the artifacts `tokens`, `activations` and `sae` of the tiny Llama. Tests must not write into it."""
-    from monosemy import corpus
+    from monosemy import corpus, options
     from monosemy.activations import capture
     from monosemy.sae import train
 
@@ -128,10 +129,10 @@ def tiny_run(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
         )
     )  # fmt: skip
     train.run(
-        train.TrainConfig(
+        options.build(train.TrainConfig, dict(
             activations=folder / "activations", out=folder / "sae", n_latents=64, k=4, train_tokens=20_000,
             batch_size=256, dead_after_tokens=4000, k_aux=8,
-        )
+        ))
     )  # fmt: skip
     return folder
 

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "monosemy"
 FLOORS = (
-    ("runtime", "artifact", "compiled"),
+    ("runtime", "options", "artifact", "compiled"),
     ("kernels",),
     ("llm",),
     ("corpus", "documents", "selection", "spool", "units"),

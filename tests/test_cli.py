@@ -1,5 +1,6 @@
 """The command line as a person uses it: help at once, options that do not drift, errors in one line."""
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -9,23 +10,25 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+from monosemy import options
 from monosemy.__main__ import COMMANDS, main
 
 FROZEN = Path(__file__).parent / "cli_options.json"
 
 
-def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
+def run_python(*arguments: str, **settings) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **settings)
 
 
 def options_now() -> dict[str, dict[str, str]]:
     found = {}
     for name, command in COMMANDS.items():
         config = getattr(importlib.import_module(f"monosemy.{command.module}"), command.config)
-        fields = dataclasses.fields(config)
+        fields = options.options(config).values()
         found[name] = {f.name: "required" if f.default is dataclasses.MISSING else repr(f.default) for f in fields}
     return found
 
@@ -37,18 +40,27 @@ def test_options_are_frozen():
     assert options_now() == json.loads(FROZEN.read_text())
 
 
-def test_every_option_has_help():
-    import ast
+def nested_in(config: type) -> list[type]:
+    """`config` and the dataclasses whose options it takes over."""
+    kinds = [get_type_hints(config)[field.name] for field in dataclasses.fields(config)]
+    return [config, *(each for kind in kinds if dataclasses.is_dataclass(kind) for each in nested_in(kind))]  # pyright: ignore
 
+
+def test_every_option_has_help():
+    seen = set()
     for command in COMMANDS.values():
-        module = importlib.import_module(f"monosemy.{command.module}")
-        tree = ast.parse(Path(str(module.__file__)).read_text())
-        config = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == command.config)
-        assert ast.get_docstring(config), command.config
-        for statement, following in zip(config.body, config.body[1:], strict=False):
-            if isinstance(statement, ast.AnnAssign):
-                documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-                assert documented, f"{command.config}.{ast.unparse(statement.target)} has no help"
+        for config in nested_in(getattr(importlib.import_module(f"monosemy.{command.module}"), command.config)):
+            tree = ast.parse(Path(str(sys.modules[config.__module__].__file__)).read_text())  # where it really is
+            source = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == config.__name__)
+            assert ast.get_docstring(source), config
+            options_of = [name for name in options.options(config) if name in config.__annotations__]
+            for statement, following in zip(source.body, [*source.body[1:], None], strict=True):
+                name = ast.unparse(statement.target) if isinstance(statement, ast.AnnAssign) else None
+                if name in options_of:
+                    documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                    assert documented, f"{config.__name__}.{name} has no help"
+                    seen.add(name)
+    assert seen == {name for options in options_now().values() for name in options}
 
 
 def test_bare_help_imports_no_torch_and_answers_at_once():
@@ -142,7 +154,7 @@ def test_verify_names_what_has_changed(tiny_run: Path, tmp_path: Path, capsys):
     copy = tmp_path / "run" / "sae"
     shutil.copytree(tiny_run / "sae", copy)
     assert main(["verify", str(tmp_path / "run")]) == 0
-    assert "a 'sae' artifact, 3 files" in capsys.readouterr().out
+    assert "a 'sae' artifact, 4 files" in capsys.readouterr().out
     weights = bytearray((copy / "sae.safetensors").read_bytes())
     weights[-5] ^= 1
     (copy / "sae.safetensors").write_bytes(weights)

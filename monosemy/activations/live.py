@@ -3,12 +3,14 @@
 1. The plan of shards, their batches and their rounding are `capture.ShardMaker`'s, so every row is the one that a
    stored artifact holds, and an SAE trained on the fly is the one trained from disk.
 2. A shard is computed when it is asked for, and kept by who asked: a `Stream` keeps its window.
-3. Which rows are sinks is remembered, in a folder if one is given: a run that goes on need not run the model to know.
+3. One pass of the model serves all its sites, where they are read in step.
+4. Which rows are sinks is remembered, in a folder if one is given: a run that goes on need not run the model to know.
 """
 
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
+from threading import Lock
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -34,6 +36,9 @@ class LiveActivations:
         self._first: RawShard | None = None
         self._last: int | None = None
         self._finished = lru_cache(1)(self._compute)
+        self._lock = Lock()
+        self._waiting: dict[tuple[Site, int], StoredRows] = {}
+        """Rows of other sites of shards that were computed; several streams in step ask for them soon."""
 
     def split_sizes(self, validation: bool) -> Int[np.ndarray, " shard"]:
         """Rows of each shard that are held out, or those that are not; sinks are counted."""
@@ -45,7 +50,13 @@ class LiveActivations:
         return self.maker.table(shard)
 
     def shard(self, site: Site, shard: int) -> StoredRows:
-        return self._finished(shard)[site][0]
+        """The rows of a shard. Those at the model's other sites are kept until they are asked for, once."""
+        with self._lock:
+            if (site, shard) in self._waiting:
+                return self._waiting.pop((site, shard))
+            finished = self._finished(shard)
+            self._waiting |= {(other, shard): finished[other][0] for other in self.sites if other != site}
+            return finished[site][0]
 
     def sinks(self, site: Site, shard: int) -> Bool[Tensor, " row"] | None:
         """Which rows of the shard are sinks; None if only running the model would tell."""

@@ -48,7 +48,7 @@ class ShardSource(Protocol):
 class Window(NamedTuple):
     """Rows that are shuffled together."""
 
-    shards: dict[int, StoredRows]
+    shards: dict[Site, dict[int, StoredRows]]
     shard: Int[np.ndarray, " row"]
     """Shard number of each row, in shuffled order."""
     row: Int[np.ndarray, " row"]
@@ -76,9 +76,15 @@ class Stream:
         with_sinks: bool = False,
         window_rows: int = 1 << 20,
         epochs: int | None = None,
+        target_site: Site | None = None,
     ) -> None:
-        """A stream that ends after `epochs`, or never. A window is held in memory where rows are not mapped."""
+        """A stream that ends after `epochs`, or never. A window is held in memory where rows are not mapped.
+
+        With a `target_site`, `batches` gives the rows there as well, of the same tokens; tokens that are a sink at
+        either site are left out.
+        """
         self.source, self.site, self.batch_size, self.seed = source, site, batch_size, seed
+        self.sites = [site] if target_site is None else [site, target_site]
         self.validation, self.with_sinks, self.window_rows, self.epochs = validation, with_sinks, window_rows, epochs
         self.split_sizes = source.split_sizes(validation)
         self.counts: dict[int, int] = {}
@@ -87,7 +93,7 @@ class Stream:
         self._windows = lru_cache(maxsize=2)(self._plan_windows)
         self._size = lru_cache(maxsize=None)(self._count)  # every batch asks for those of all windows
         self._thread = ThreadPoolExecutor(1, "stream")
-        self._ahead: tuple[Share, Future[tuple[Tensor, bool]]] | None = None
+        self._ahead: tuple[Share, Future[tuple[list[Tensor], bool]]] | None = None
         self._locate(0)
 
     @property
@@ -113,6 +119,10 @@ class Stream:
 
         Raises `InputError` past the last epoch, and if the ranks cannot share a batch evenly.
         """
+        return self.batches(step, rank, count)[0]
+
+    def batches(self, step: int, rank: int = 0, count: int = 1) -> list[Float[Tensor, "row d_model"]]:
+        """`batch` at every site: the rows at the stream's own, and those at its target site if it has one."""
         if self.batch_size % count:
             raise InputError(f"a batch of {self.batch_size} rows cannot be shared evenly by {count} ranks")
         share = Share(step, rank, count)
@@ -125,7 +135,16 @@ class Stream:
         self._ahead = (following, self._thread.submit(self._gather, following)) if is_next_near else None
         return rows
 
-    def _gather(self, share: Share) -> tuple[Tensor, bool]:
+    def first_rows(self, n_rows: int) -> list[Float[Tensor, "row d_model"]]:
+        """Up to `n_rows` rows of the first window, at every site."""
+        window = self._window(0, 0)
+        return self._rows_of(window, slice(0, n_rows))
+
+    def _rows_of(self, window: Window, rows: slice) -> list[Tensor]:
+        places = (window.shard[rows], window.row[rows])
+        return [gather(window.shards[site].__getitem__, *places) for site in self.sites]
+
+    def _gather(self, share: Share) -> tuple[list[Tensor], bool]:
         """The rows of a share, and whether the next batch needs no further window (which may take long)."""
         epoch, batch_start = self._locate(share.step)
         size = self.batch_size // share.count
@@ -134,13 +153,13 @@ class Stream:
         for number in range(len(self._windows(epoch))):
             last = first + self._size(epoch, number)
             if start < last and first < stop:
-                window = self._window(epoch, number)
                 rows = slice(max(start, first) - first, min(stop, last) - first)
-                parts.append(gather(window.shards.__getitem__, window.shard[rows], window.row[rows]))
+                parts.append(self._rows_of(self._window(epoch, number), rows))
             if stop <= last:
                 break
             first = last
-        return torch.cat(parts) if len(parts) > 1 else parts[0], batch_start + 2 * self.batch_size <= last
+        joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+        return joined, batch_start + 2 * self.batch_size <= last
 
     def _locate(self, step: int) -> tuple[int, int]:
         """The epoch of `step`, and the row in it at which its batch starts."""
@@ -176,23 +195,31 @@ class Stream:
         """Rows that a window gives."""
         members = self._windows(epoch)[number].tolist()
         for member in members:
-            if member not in self.counts and (sink := self.source.sinks(self.site, member)) is not None:
+            if member not in self.counts and (sink := self._sinks(member)) is not None:
                 self.counts[member] = len(self._eligible(member, sink))
         if not all(member in self.counts for member in members):
             self._window(epoch, number)
         return sum(self.counts[member] for member in members)
 
     def _make_window(self, epoch: int, number: int) -> Window:
-        shards, eligible = {}, []
-        for member in self._windows(epoch)[number].tolist():
-            shards[member] = self.source.shard(self.site, member)
-            sink = self.source.sinks(self.site, member)
+        shards: dict[Site, dict[int, StoredRows]] = {site: {} for site in self.sites}
+        eligible, members = [], self._windows(epoch)[number].tolist()
+        for member in members:
+            for site in self.sites:
+                shards[site][member] = self.source.shard(site, member)
+            sink = self._sinks(member)
             assert sink is not None, "they are known once the shard is"
             eligible.append(self._eligible(member, sink))
             self.counts[member] = len(eligible[-1])
-        shard = np.repeat(np.array(list(shards), dtype=np.int32), [len(rows) for rows in eligible])
+        shard = np.repeat(np.array(members, dtype=np.int32), [len(rows) for rows in eligible])
         order = random_stream(self.seed, epoch, number).permutation(len(shard))
         return Window(shards, shard[order], np.concatenate(eligible)[order])
+
+    def _sinks(self, shard: int) -> Bool[Tensor, " row"] | None:
+        """Rows of the shard that are sinks at one of the sites; None if only running the model would tell."""
+        flags = [self.source.sinks(site, shard) for site in self.sites]
+        known = [flag for flag in flags if flag is not None]
+        return torch.stack(known).any(dim=0) if len(known) == len(flags) else None
 
     def _eligible(self, shard: int, sink: Bool[Tensor, " row"]) -> Int[np.ndarray, " given"]:
         """Numbers of the rows that the stream gives."""

@@ -97,7 +97,7 @@ def output_scores(model: LanguageModel, sae: SAE, pool: Sequence[Candidate], pro
     which is large when p is, and small for words that were likely anyway; a mean over the prompts. The layers below
     the SAE's site run once.
     """
-    site = Site.parse(sae.config.site)
+    site = Site.parse(sae.config.output_site)
     texts = [model.tokenizer.encode_prompt(prompt) for prompt in prompts]
     lengths = torch.tensor([len(text) for text in texts])
     packed = torch.tensor([[id for text in texts for id in text]])

@@ -248,7 +248,7 @@ def _run_trials(model: LanguageModel, sae: SAE, candidates: Sequence[Candidate],
 def _complete(model: LanguageModel, sae: SAE, jobs: Sequence[Job], config: DoseConfig) -> list[list[int]]:
     """The token ids that continue each job's prompt. A prompt's random numbers are the same at every strength."""
     changes = torch.stack([sae.W_dec[job.candidate.latent] * job.strength for job in jobs])
-    taps = Taps(edits={Site.parse(sae.config.site): vector_edit(sae, changes)})
+    taps = Taps(edits={Site.parse(sae.config.output_site): vector_edit(sae, changes)})
     prompts = [model.tokenizer.encode_prompt(job.prompt) for job in jobs]
     streams = [random_stream(config.seed, *prompt) for prompt in prompts]
     completions: list[list[int]] = [[] for _ in jobs]

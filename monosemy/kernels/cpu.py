@@ -1,19 +1,17 @@
-"""The kernels of `reference`, compiled for the CPU. Only the encoder product is dense; everything else is k rows.
+"""What `step.Kernels` asks of a device, on the CPU. Only the encoder product is dense; everything else is k rows.
 
-1. Encode: a bfloat16 product in chunks of rows, into one buffer that is used again and again. Per row, the k-th
-   largest of the maxima of blocks of 16 latents bounds the k-th largest activation from below (k blocks hold at least
-   k entries that large), so only blocks that reach it are searched. The chosen values are computed anew in float32.
-2. Forward: reconstruction, error, and d(loss)/d(activation) while the row's k decoder directions are in cache.
-3. A counting sort brings the (row, slot) entries of one latent together.
-4. Update: every latent is visited once. Its two gradient rows are summed from its entries, the decoder's is projected,
-   Adam moves both with exact dense semantics (the moments of silent latents decay too), the direction returns to unit
-   norm, and the bfloat16 copy for the next product is written. No dense gradient exists.
+Encode, for a part of the rows at a time, so that a thread's product stays in cache:
 
-The auxiliary loss works on the dead latents' rows alone, as small dense products.
+1. A product in low precision: int8 where the processor multiplies bytes, else bfloat16 or float32. Every row of either
+   factor is scaled by its own largest element.
+2. The k + MARGIN largest of the row. The m-th largest of the maxima of disjoint blocks bounds the m-th largest element
+   from below (m blocks hold at least m elements that large), so only blocks that reach it are searched.
+3. The activations of those candidates in float32, and of these the k largest. So the rounding of step 1 matters only if
+   it moves a latent by more than MARGIN places; docs/log.md has how often that happens.
 
 Every latent and every row is handled by one thread and in a fixed order, so results do not depend on the number of
 threads. Compiled by numba, with no toolchain on the user's machine; threads are Python's, since the kernels release
-the interpreter lock.
+the interpreter lock, and each multiplies on its own: the threads of one shared product would spin while others select.
 """
 
 from __future__ import annotations
@@ -22,193 +20,201 @@ import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from monosemy.kernels import loops, reference
-from monosemy.kernels.types import Moments, Parameters, StepResult, StepSettings, TopK
-from monosemy.runtime import cpu_count
+from monosemy.kernels import loops
+from monosemy.kernels.step import AdamNumbers, Contributions, DenseRows
+from monosemy.kernels.types import Entries, Moments, Parameters, TopK
+from monosemy.runtime import cpu_count, keep_freed_memory
 
-CHUNK_BYTES = 16 << 20
-"""Size of the buffer that receives the encoder product: small enough for the last-level cache."""
+PRODUCT_BYTES = 8 << 20
+"""Size of a thread's buffer for the encoder product: small enough for the last-level cache."""
+
+FEWEST_ROWS = 128
+"""Rows of such a product, at least: every product reads and rearranges all of W_enc."""
+
+MARGIN = 8
+"""Candidates beyond k of which the exact activation is computed when the product is of low precision."""
+
+LATENT_COST = 8
+"""What the update of a latent costs beside its entries, in entries."""
+
+Precision = Literal["int8", "bfloat16", "float32"]
+
+
+def fastest_precision() -> Precision:
+    """The cheapest product that this processor has instructions for."""
+    has = torch.cpu.get_capabilities()
+    if has.get("avx512_vnni") or has.get("amx_int8"):
+        return "int8"
+    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(cpu_count())
+    keep_freed_memory()
+    return ThreadPoolExecutor(cpu_count(), "kernels", initializer=lambda: torch.set_num_threads(1))
 
 
-def _in_parallel(kernel: Callable[..., object], n: int, *arguments: object) -> None:
-    """Run kernel(start, stop, *arguments) over [0, n), one range of rows or latents per thread."""
-    bounds = np.linspace(0, n, cpu_count() + 1).astype(int)
+def _in_parallel(kernel: Callable[..., object], bounds: Int[np.ndarray, " bound"], *arguments: object) -> None:
+    """Run kernel(start, stop, *arguments) for every range between neighbouring bounds, one per thread."""
     jobs = [_pool().submit(kernel, int(a), int(b), *arguments) for a, b in itertools.pairwise(bounds) if b > a]
     for job in jobs:
         job.result()
+
+
+def _even(n: int) -> Int[np.ndarray, " bound"]:
+    return np.linspace(0, n, cpu_count() + 1).astype(int)
+
+
+class Workspace:
+    """What survives from one step to the next: W_enc in the precision of the product that chooses candidates."""
+
+    def __init__(self, precision: Precision | None = None) -> None:
+        """`precision` None: the fastest."""
+        self.precision: Precision = precision or fastest_precision()
+        self.W_enc: Tensor | None = None
+        """int8, bfloat16, or the float32 weights themselves."""
+        self.scales: Float[np.ndarray, " latent"] | None = None
+
+    def refresh(self, W_enc: Float[Tensor, "latent d_in"], bounds: Int[np.ndarray, " bound"] | None = None) -> None:
+        """Follow a change of `W_enc`."""
+        bounds = _even(len(W_enc)) if bounds is None else bounds
+        if W_enc.shape[1] < 4:
+            self.precision = "float32"  # torch's product of bytes is wrong at width 1, and nothing is gained
+        match self.precision:
+            case "float32":
+                self.W_enc, self.scales = W_enc, np.ones(len(W_enc), np.float32)
+            case "bfloat16":
+                if self.W_enc is None:
+                    self.W_enc = torch.empty_like(W_enc, dtype=torch.bfloat16)
+                    self.scales = np.ones(len(W_enc), np.float32)
+                _in_parallel(loops.round_rows_to_bfloat16, bounds, W_enc.numpy(), _bits(self.W_enc))
+            case "int8":
+                if self.W_enc is None:
+                    self.W_enc = torch.empty_like(W_enc, dtype=torch.int8)
+                    self.scales = np.empty(len(W_enc), np.float32)
+                _in_parallel(loops.quantize_rows, bounds, W_enc.numpy(), self.W_enc.numpy(), self.scales)
 
 
 def _bits(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.int16).numpy().view(np.uint16)
 
 
-class Workspace:
-    """Buffers that survive from one call to the next, so that no step waits for fresh pages of memory."""
-
-    def __init__(self) -> None:
-        self.product: Tensor | None = None
-        self.W_enc_bfloat16: Tensor | None = None
-
-    def product_buffer(self, n_rows: int, n_latents: int, dtype: torch.dtype) -> Tensor:
-        rows = max(1, min(n_rows, CHUNK_BYTES // (n_latents * dtype.itemsize)))
-        buffer = self.product
-        if buffer is None or buffer.shape[1] != n_latents or buffer.dtype != dtype or len(buffer) < rows:
-            self.product = buffer = torch.empty(rows, n_latents, dtype=dtype)
-        return buffer
-
-
 def encode_topk(
-    x: Float[Tensor, "row d_model"],
-    W_enc: Float[Tensor, "latent d_model"],
+    centred: Float[Tensor, "row d_in"],
+    W_enc: Float[Tensor, "latent d_in"],
     b_enc: Float[Tensor, " latent"],
-    b_pre: Float[Tensor, " d_model"],
     k: int,
-    dtype: torch.dtype = torch.float32,
+    norms: Float[Tensor, " latent"] | None = None,
+    workspace: Workspace | None = None,
 ) -> TopK:
-    """The k largest latent activations of every row, negative ones as 0: see `reference.encode_topk`."""
-    return _encode((x - b_pre).float().contiguous(), W_enc, W_enc.to(dtype), b_enc, k, Workspace())
-
-
-def _encode(centred: Tensor, W_enc: Tensor, W_selecting: Tensor, b_enc: Tensor, k: int, workspace: Workspace) -> TopK:
-    """`centred` is x - b_pre; `W_selecting` is W_enc in the precision of the product that selects."""
+    """The k largest latent activations of every row: see `reference.encode_topk`. Without a `workspace`, selected in
+    float32."""
+    workspace = workspace or Workspace("float32")
+    if workspace.W_enc is None:
+        workspace.refresh(W_enc)
+    assert workspace.W_enc is not None
+    assert workspace.scales is not None
     n_rows, n_latents = len(centred), len(W_enc)
-    chosen = torch.empty(n_rows, k, dtype=torch.int32)
-    values = torch.empty(n_rows, k)
-    buffer = workspace.product_buffer(n_rows, n_latents, W_selecting.dtype)
-    for start in range(0, n_rows, len(buffer)):
-        rows = slice(start, min(start + len(buffer), n_rows))
-        product = buffer[: rows.stop - rows.start]
-        torch.mm(centred[rows].to(W_selecting.dtype), W_selecting.T, out=product)
-        select, numbers = loops.select_float32, product
-        if product.dtype == torch.bfloat16:
-            select, numbers = loops.select_bfloat16, _bits(product)
-        _in_parallel(select, len(product), np.asarray(numbers), b_enc.numpy(), k, chosen[rows].numpy())
-    arrays = (centred.numpy(), W_enc.numpy(), b_enc.numpy(), chosen.numpy(), values.numpy())
-    _in_parallel(loops.values_of_chosen, n_rows, *arrays)
-    return TopK(values, chosen)
+    n_candidates = min(k + (MARGIN if workspace.precision != "float32" else 0), n_latents)
+    norms_ = np.ones(n_latents, np.float32) if norms is None else norms.numpy()
+    scale, bias = workspace.scales * norms_, b_enc.numpy() * norms_
+    values, indices = torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int32)
+    weights = workspace.W_enc
+
+    def encode(start: int, stop: int) -> None:
+        rows = centred[start:stop]
+        candidates = np.empty((len(rows), n_candidates), np.int32)
+        match workspace.precision:
+            case "int8":
+                codes, row_scales = torch.empty_like(rows, dtype=torch.int8), np.empty(len(rows), np.float32)
+                loops.quantize_rows(0, len(rows), rows.numpy(), codes.numpy(), row_scales)
+                product = torch._int_mm(codes, weights.T)  # pyright: ignore
+                loops.select_int32(product.numpy(), row_scales, scale, bias, n_candidates, candidates)
+            case "bfloat16":
+                product = torch.mm(rows.bfloat16(), weights.T)
+                loops.select_bfloat16(_bits(product), scale, bias, n_candidates, candidates)
+            case "float32":
+                product = torch.mm(rows, weights.T)
+                loops.select_float32(product.numpy(), scale, bias, n_candidates, candidates)
+        exact = (rows.numpy(), W_enc.numpy(), b_enc.numpy(), norms_, candidates)
+        loops.values_of_chosen(*exact, indices[start:stop].numpy(), values[start:stop].numpy())
+
+    itemsize = 2 if workspace.precision == "bfloat16" else 4
+    n_part = min(max(PRODUCT_BYTES // (n_latents * itemsize), FEWEST_ROWS), max(1, -(-n_rows // cpu_count())))
+    starts = range(0, n_rows, n_part)
+    for job in [_pool().submit(encode, start, min(start + n_part, n_rows)) for start in starts]:
+        job.result()
+    return TopK(values, indices)
 
 
 def decode(
-    code: TopK, W_dec: Float[Tensor, "latent d_model"], b_pre: Float[Tensor, " d_model"]
-) -> Float[Tensor, "row d_model"]:
+    code: TopK, W_dec: Float[Tensor, "latent d_out"], bias: Float[Tensor, " d_out"]
+) -> Float[Tensor, "row d_out"]:
     """The reconstruction: see `reference.decode`."""
     out = torch.empty(len(code.values), W_dec.shape[1])
-    arrays = (code.values.numpy(), code.indices.numpy(), W_dec.numpy(), b_pre.numpy(), out.numpy())
-    _in_parallel(loops.decode_rows, len(out), *arrays)
+    arrays = (code.values.numpy(), code.indices.numpy(), W_dec.numpy(), bias.numpy(), out.numpy())
+    _in_parallel(loops.decode_rows, _even(len(out)), *arrays)
     return out
 
 
-class DeadGradient:
-    """The auxiliary loss and its gradient, which touches the dead latents' rows only (and b_enc, b_pre)."""
-
-    def __init__(
-        self,
-        parameters: Parameters,
-        centred: Tensor,
-        residual: Tensor,
-        dead: Bool[Tensor, " latent"],
-        settings: StepSettings,
-    ) -> None:
-        width = centred.shape[1]
-        self.rows = dead.nonzero().squeeze(1) if settings.k_aux else torch.empty(0, dtype=torch.long)
-        self.slot = torch.full((len(dead),), -1, dtype=torch.int32)
-        self.loss, self.W_enc, self.W_dec = 0.0, torch.empty(0, width), torch.empty(0, width)
-        self.b_enc = torch.zeros(len(dead))
-        if len(self.rows) == 0:
-            return
-        self.slot[self.rows] = torch.arange(len(self.rows), dtype=torch.int32)
-        encoder, directions = parameters.W_enc[self.rows], parameters.W_dec[self.rows]
-        active = torch.addmm(parameters.b_enc[self.rows], centred, encoder.T)
-        if len(self.rows) > settings.k_aux:
-            kth = active.kthvalue(len(self.rows) - settings.k_aux + 1, dim=1, keepdim=True).values
-            active = torch.where(active >= kth, active, 0.0)
-        active = active.relu_()
-        error = torch.addmm(residual, active, directions, beta=-1)
-        self.loss = error.square().mean().item()
-        weight = settings.aux_weight * reference.aux_scale(dead, settings)
-        error *= 2 * weight / error.numel()
-        to_active = (error @ directions.T) * (active > 0)
-        self.W_dec = active.T @ error
-        self.W_enc = to_active.T @ centred
-        self.b_enc[self.rows] = to_active.sum(dim=0)
+def decode_prefixes(
+    entries: Entries, W_dec: Float[Tensor, "latent d_out"], group: Int32[Tensor, " latent"], n_groups: int
+) -> Float[Tensor, "row group d_out"]:
+    """See `step.Kernels`."""
+    out = torch.empty(len(entries.row_starts) - 1, n_groups, W_dec.shape[1])
+    arrays = (*(field.numpy() for field in entries), W_dec.numpy(), group.numpy(), out.numpy())
+    _in_parallel(loops.decode_prefixes, _even(len(out)), *arrays)
+    return out
 
 
-def _adam_numbers(settings: StepSettings, learning_rate: float, step: int) -> tuple[np.float32, ...]:
-    beta1, beta2 = settings.beta1, settings.beta2
-    rate = learning_rate / (1 - beta1**step)
-    numbers = (1 - beta1, beta2, 1 - beta2, rate, (1 - beta2**step) ** 0.5, settings.epsilon)
-    return tuple(np.float32(number) for number in numbers)
+def value_gradients(
+    entries: Entries,
+    errors: Float[Tensor, "row group d_out"],
+    W_dec: Float[Tensor, "latent d_out"],
+    group: Int32[Tensor, " latent"],
+) -> Float[Tensor, " entry"]:
+    """See `step.Kernels`."""
+    out = torch.empty_like(entries.values)
+    arrays = (entries.row_starts, entries.latents, errors.contiguous(), W_dec, group, out)
+    _in_parallel(loops.value_gradients, _even(len(errors)), *(array.numpy() for array in arrays))
+    return out
 
 
-def train_step(
+def sort_by_latent(
+    contributions: Contributions, n_latents: int
+) -> tuple[Int[Tensor, " latent_and_end"], Contributions]:
+    """See `step.Kernels`."""
+    starts, order = loops.order_by_latent(contributions.latents.numpy(), n_latents)
+    order = torch.from_numpy(order)
+    return torch.from_numpy(starts), Contributions(*(field[order] for field in contributions))
+
+
+def update_latents(
     parameters: Parameters,
     moments: Moments,
-    x: Float[Tensor, "row d_model"],
-    dead: Bool[Tensor, " latent"],
-    settings: StepSettings,
-    learning_rate: float,
-    step: int,
-    workspace: Workspace | None = None,
-) -> StepResult:
-    """One training step, as `reference.train_step`; a `workspace` kept between calls saves time.
-
-    Of equal activations at the k-th place the lowest latents are taken, and selection rounds the product to bfloat16;
-    otherwise the result is the reference's within float32 rounding.
-    """
-    workspace = workspace or Workspace()
-    W_enc, b_enc, W_dec, b_pre = parameters
-    if workspace.W_enc_bfloat16 is None:
-        workspace.W_enc_bfloat16 = W_enc.bfloat16()
-    x = x.float().contiguous()
-    centred = x - b_pre
-    values, indices = _encode(centred, W_enc, workspace.W_enc_bfloat16, b_enc, settings.k, workspace)
-    error, value_gradient = torch.empty_like(x), torch.empty_like(values)
-    code = (values.numpy(), indices.numpy())
-    _in_parallel(
-        loops.error_and_value_gradient, len(x),
-        x.numpy(), *code, W_dec.numpy(), b_pre.numpy(), error.numpy(), value_gradient.numpy(),
-    )  # fmt: skip
-    auxiliary = DeadGradient(parameters, centred, -error, dead, settings)
-    starts, entries = loops.sort_by_latent(*code, len(b_enc))
-
-    squared_error = error.square().sum().item()
-    variance = (x - x.mean(dim=0)).square().sum().item()
-    result = StepResult(
-        loss=squared_error / x.numel(),
-        fvu=squared_error / variance if variance else float("nan"),
-        aux_loss=auxiliary.loss,
-        fired=torch.from_numpy(np.diff(starts) > 0),
-        l0=len(entries) / len(x),
-    )
-    scale = 2 / x.numel()
-    reconstruction_gradient = scale * error.sum(dim=0)
-    activity = torch.bincount(indices.flatten(), weights=value_gradient.flatten(), minlength=len(b_enc))
-    b_enc_gradient = auxiliary.b_enc + scale * activity
-    # b_pre enters as -b_pre before the encoder, where every pre-activation sees it, and as +b_pre after the decoder.
-    b_pre_gradient = reconstruction_gradient - b_enc_gradient @ W_enc
-    adam = _adam_numbers(settings, learning_rate, step)
+    starts: Int[Tensor, " latent_and_end"],
+    contributions: Contributions,
+    inputs: Float[Tensor, "input d_in"],
+    errors: Float[Tensor, "error d_out"],
+    known: DenseRows,
+    adam: AdamNumbers,
+    unit: bool,
+    workspace: Workspace,
+) -> None:
+    """See `step.Kernels`."""
     first, second = moments
-    _in_parallel(
-        loops.update_latents, len(b_enc),
-        starts, entries, settings.k, values.numpy(), value_gradient.numpy(), centred.numpy(), error.numpy(),
-        np.float32(scale), auxiliary.slot.numpy(), auxiliary.W_enc.numpy(), auxiliary.W_dec.numpy(),
-        W_enc.numpy(), W_dec.numpy(), first.W_enc.numpy(), second.W_enc.numpy(), first.W_dec.numpy(),
-        second.W_dec.numpy(), *adam, _bits(workspace.W_enc_bfloat16),
-    )  # fmt: skip
-    for weight, gradient, m, v in (
-        (b_enc, b_enc_gradient, first.b_enc, second.b_enc),
-        (b_pre, b_pre_gradient, first.b_pre, second.b_pre),
-    ):
-        loops.adam(weight.numpy(), m.numpy(), v.numpy(), gradient.numpy(), *adam)
-    return result
+    entries = (starts, *contributions[1:], inputs.contiguous(), errors.contiguous(), *known)
+    weights = (parameters.W_enc, parameters.W_dec, first.W_enc, second.W_enc, first.W_dec, second.W_dec)
+    numbers = (np.float32(number) for number in adam)
+    work = starts.numpy() + LATENT_COST * np.arange(len(starts))  # how much there is before each latent
+    bounds = np.searchsorted(work, np.linspace(0, work[-1], cpu_count() + 1))
+    bounds[-1] = len(starts) - 1
+    _in_parallel(loops.update_latents, bounds, *(tensor.numpy() for tensor in (*entries, *weights)), *numbers, unit)
+    workspace.refresh(parameters.W_enc, bounds)

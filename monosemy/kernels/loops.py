@@ -6,87 +6,143 @@ rows, and each releases the interpreter lock, so that threads of Python run them
 
 from typing import no_type_check
 
-import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
-BLOCK = 16
-"""Latents per block in the search for the k largest."""
+from monosemy.compiled import bfloat16_of_float, compiled, float_of_bfloat16
 
-
-# Not "contract": with it, code fresh from the compiler fuses other multiplications with additions than the same code
-# read back from disk, and the first run of a machine would differ from the second in the last bits.
-compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"}, error_model="numpy")
+N_BLOCKS = 512
+"""Blocks that a row of pre-activations is cut into, at least, where it is long enough; fewer than twice that."""
 
 
-@intrinsic
-@no_type_check
-def float_of_bits(typing_context, bits):
-    """Reinterpret 32 bits as a float32: a bfloat16 is the upper half of one."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic
-@no_type_check
-def bits_of_float(typing_context, number):
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
-
-    return types.uint32(types.float32), generate
+# ---------------------------------------------------------------------------------------------------------------------
+# Encode
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @compiled
 @no_type_check
-def select_bfloat16(start, stop, pre_bits, b_enc, k, chosen):
-    """chosen[row, :] = the k latents with the largest positive pre-activation, -1 where there are fewer."""
-    n_latents = pre_bits.shape[1]
-    pre = np.empty(n_latents, np.float32)
+def quantize_rows(start, stop, rows, codes_int8, scales):
+    """rows ~ codes x scales, the largest element of a row being 127 steps."""
+    width = rows.shape[1]
     for row in range(start, stop):
-        for latent in range(n_latents):
-            pre[latent] = float_of_bits(np.uint32(pre_bits[row, latent]) << np.uint32(16)) + b_enc[latent]
-        select_row(pre, k, chosen[row])
+        largest = np.float32(0)
+        for j in range(width):
+            largest = max(largest, abs(rows[row, j]))
+        scale = largest / np.float32(127)
+        scales[row] = scale
+        inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+        for j in range(width):
+            codes_int8[row, j] = np.int8(np.rint(rows[row, j] * inverse))
 
 
 @compiled
 @no_type_check
-def select_float32(start, stop, product, b_enc, k, chosen):
-    pre = np.empty(product.shape[1], np.float32)
-    for row in range(start, stop):
-        for latent in range(len(pre)):
-            pre[latent] = product[row, latent] + b_enc[latent]
-        select_row(pre, k, chosen[row])
+def select_int32(product_int32, row_scales, scale, bias, n_candidates, chosen_int32):
+    """chosen[row, :] = the latents with the largest positive scale x product + bias / row scale, -1 where there are
+    fewer. (The row's own scale does not change their order.)"""
+    pre = padded(product_int32.shape[1])
+    for row in range(product_int32.shape[0]):
+        inverse = np.float32(1) / (row_scales[row] if row_scales[row] > 0 else np.float32(1))
+        for latent in range(product_int32.shape[1]):
+            pre[latent] = np.float32(product_int32[row, latent]) * scale[latent] + bias[latent] * inverse
+        select_row(pre, n_candidates, chosen_int32[row])
 
 
 @compiled
 @no_type_check
-def select_row(pre, k, chosen):
-    """Blocks are stripes, every n_blocks-th latent: so a maximum over blocks is one over whole vectors."""
-    n_latents = len(pre)
-    n_blocks = (n_latents + BLOCK - 1) // BLOCK
-    block_max = pre[:n_blocks].copy()
-    for start in range(n_blocks, n_latents, n_blocks):
-        for block in range(min(n_blocks, n_latents - start)):
-            value = pre[start + block]
-            block_max[block] = value if value > block_max[block] else block_max[block]
+def select_bfloat16(product_bits, scale, bias, n_candidates, chosen_int32):
+    """The same for a product in bfloat16, whose rows have no scale."""
+    pre = padded(product_bits.shape[1])
+    for row in range(product_bits.shape[0]):
+        for latent in range(product_bits.shape[1]):
+            pre[latent] = float_of_bfloat16(product_bits[row, latent]) * scale[latent] + bias[latent]
+        select_row(pre, n_candidates, chosen_int32[row])
 
-    threshold = np.float32(0)
-    if n_blocks > k:
-        threshold = max(threshold, np.partition(block_max, n_blocks - k)[n_blocks - k])
-    candidates = np.empty(n_latents, np.int32)
-    found = 0
-    for block in range(n_blocks):
-        if block_max[block] >= threshold:
-            for latent in range(block, n_latents, n_blocks):
-                if pre[latent] >= threshold and pre[latent] > 0:
-                    candidates[found] = latent
-                    found += 1
-    candidates = np.sort(candidates[:found])
-    keep_largest(candidates, pre[candidates], k, chosen)
+
+@compiled
+@no_type_check
+def select_float32(product, scale, bias, n_candidates, chosen_int32):
+    pre = padded(product.shape[1])
+    for row in range(product.shape[0]):
+        for latent in range(product.shape[1]):
+            pre[latent] = product[row, latent] * scale[latent] + bias[latent]
+        select_row(pre, n_candidates, chosen_int32[row])
+
+
+@compiled
+@no_type_check
+def block_depth(n_latents):
+    """Elements of a block, a power of 2."""
+    depth = 1
+    while n_latents >= 2 * depth * N_BLOCKS:
+        depth *= 2
+    return depth
+
+
+@compiled
+@no_type_check
+def padded(n_latents):
+    """A row of pre-activations, filled up to whole blocks with minus infinity."""
+    depth = block_depth(n_latents)
+    return np.full((n_latents + depth - 1) // depth * depth, -np.inf, np.float32)
+
+
+@compiled
+@no_type_check
+def select_row(pre, n_candidates, chosen):
+    """Block b is a stripe: every n_blocks-th element from b. So the maxima of all blocks come of folding the row in
+    half until n_blocks numbers are left, each time a maximum of whole vectors."""
+    depth = block_depth(len(pre))
+    n_blocks = len(pre) // depth
+    block_max = pre
+    if depth > 1:
+        half = len(pre) // 2
+        block_max = np.empty(half, np.float32)
+        for i in range(half):
+            block_max[i] = pre[i] if pre[i] > pre[i + half] else pre[i + half]
+        while half > n_blocks:
+            half //= 2
+            for i in range(half):
+                block_max[i] = block_max[i] if block_max[i] > block_max[i + half] else block_max[i + half]
+        block_max = block_max[:n_blocks]
+
+    threshold = threshold_of(block_max, n_candidates)
+    blocks, n_found = np.empty(n_blocks + 1, np.int32), 0
+    for block in range(n_blocks):  # no branches: each would be predicted wrongly half of the time
+        blocks[n_found] = block
+        n_found += block_max[block] >= threshold
+    blocks = blocks[:n_found]
+    candidates, n_found = np.empty(len(blocks) * depth + 1, np.int32), 0
+    for first in range(0, len(pre), n_blocks):
+        for block in blocks:
+            candidates[n_found] = first + block
+            n_found += (pre[first + block] >= threshold) & (pre[first + block] > 0)
+    candidates = candidates[:n_found]
+    keep_largest(candidates, pre[candidates], n_candidates, chosen)
+
+
+@compiled
+@no_type_check
+def threshold_of(block_max, n_wanted):
+    """A number that at least `n_wanted` of the maxima reach, and few more; 0 if fewer are positive. By bisection: to
+    count is a matter of a few vectors, to sort is not."""
+    low, high = np.float32(0), np.float32(0)
+    for value in block_max:
+        high = value if value > high else high
+    if len(block_max) <= n_wanted:
+        return low
+    for _ in range(24):
+        middle = (low + high) * np.float32(0.5)
+        n_reaching = np.int32(0)
+        for value in block_max:
+            n_reaching += np.int32(value >= middle)
+        if n_reaching >= n_wanted:
+            low = middle
+            if n_reaching <= n_wanted + n_wanted // 16:
+                break
+        else:
+            high = middle
+    return low
 
 
 @compiled
@@ -112,150 +168,172 @@ def keep_largest(candidates, values, k, chosen):
 
 @compiled
 @no_type_check
-def values_of_chosen(start, stop, centred, W_enc, b_enc, chosen, values):
-    """The exact float32 activation of every chosen latent; a slot that is unused or not positive becomes (0, 0)."""
+def values_of_chosen(centred, W_enc, b_enc, norms, candidates_int32, indices_int32, values):
+    """Of every row's candidates, the k whose exact float32 activation x norm is largest, with their activations; a slot
+    that is unused or not positive becomes (0, 0)."""
     width = centred.shape[1]
-    for row in range(start, stop):
-        for slot in range(chosen.shape[1]):
-            latent = chosen[row, slot]
+    n_candidates = candidates_int32.shape[1]
+    exact = np.empty(n_candidates, np.float32)
+    ranked = np.empty(n_candidates, np.float32)
+    places = np.arange(n_candidates).astype(np.int32)
+    for row in range(len(centred)):
+        found = 0
+        for slot in range(n_candidates):
+            latent = candidates_int32[row, slot]
+            if latent < 0:
+                break
             value = np.float32(0)
-            if latent >= 0:
-                for j in range(width):
-                    value += centred[row, j] * W_enc[latent, j]
-                value += b_enc[latent]
-            if value > 0:
-                values[row, slot] = value
+            for j in range(width):
+                value += centred[row, j] * W_enc[latent, j]
+            exact[slot] = value + b_enc[latent]
+            ranked[slot] = exact[slot] * norms[latent]
+            found += 1
+        keep_largest(places[:found], ranked[:found], values.shape[1], indices_int32[row])
+        for slot in range(values.shape[1]):
+            place = indices_int32[row, slot]
+            if place >= 0 and exact[place] > 0:
+                values[row, slot] = exact[place]
+                indices_int32[row, slot] = candidates_int32[row, place]
             else:
                 values[row, slot] = 0
-                chosen[row, slot] = 0
+                indices_int32[row, slot] = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decode
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @compiled
 @no_type_check
-def decode_rows(start, stop, values, indices, W_dec, b_pre, out):
+def decode_rows(start, stop, values, indices_int32, W_dec, bias, out):
     width = W_dec.shape[1]
     for row in range(start, stop):
         for j in range(width):
-            out[row, j] = b_pre[j]
+            out[row, j] = bias[j]
         for slot in range(values.shape[1]):
             value = values[row, slot]
             if value != 0:
-                latent = indices[row, slot]
+                latent = indices_int32[row, slot]
                 for j in range(width):
                     out[row, j] += value * W_dec[latent, j]
 
 
 @compiled
 @no_type_check
-def error_and_value_gradient(start, stop, x, values, indices, W_dec, b_pre, error, value_gradient):
-    """error = x_hat - x, and value_gradient = error . W_dec[latent]: d(loss)/d(activation), short of 2 / elements."""
-    decode_rows(start, stop, values, indices, W_dec, b_pre, error)
+def decode_prefixes(start, stop, row_starts, latents_int32, values, W_dec, group_int32, out):
+    """out[row, group, :] = sum of value x W_dec[latent] over the row's entries in that group."""
     width = W_dec.shape[1]
     for row in range(start, stop):
-        for j in range(width):
-            error[row, j] -= x[row, j]
-        for slot in range(values.shape[1]):
-            total = np.float32(0)
-            if values[row, slot] > 0:
-                latent = indices[row, slot]
-                for j in range(width):
-                    total += error[row, j] * W_dec[latent, j]
-            value_gradient[row, slot] = total
+        out[row] = 0
+        for entry in range(row_starts[row], row_starts[row + 1]):
+            latent, value = latents_int32[entry], values[entry]
+            group = group_int32[latent]
+            for j in range(width):
+                out[row, group, j] += value * W_dec[latent, j]
 
 
 @compiled
 @no_type_check
-def sort_by_latent(values, indices, n_latents):
-    """(starts, entries): entries[starts[i]:starts[i + 1]] are the flat positions at which latent i is active."""
+def value_gradients(start, stop, row_starts, latents_int32, errors, W_dec, group_int32, gradients):
+    """gradients[entry] = errors[row, group of latent] . W_dec[latent]"""
+    width = W_dec.shape[1]
+    for row in range(start, stop):
+        for entry in range(row_starts[row], row_starts[row + 1]):
+            latent = latents_int32[entry]
+            group = group_int32[latent]
+            total = np.float32(0)
+            for j in range(width):
+                total += errors[row, group, j] * W_dec[latent, j]
+            gradients[entry] = total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Update
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+@no_type_check
+def order_by_latent(latents_int32, n_latents):
+    """(starts, order): order[starts[i]:starts[i + 1]] are the entries of latent i, in their order."""
     starts = np.zeros(n_latents + 1, np.int64)
-    flat_values = values.ravel()
-    flat_indices = indices.ravel()
-    for position in range(len(flat_values)):
-        if flat_values[position] > 0:
-            starts[flat_indices[position] + 1] += 1
+    for entry in range(len(latents_int32)):
+        starts[latents_int32[entry] + 1] += 1
     for latent in range(n_latents):
         starts[latent + 1] += starts[latent]
-    entries = np.empty(starts[n_latents], np.int64)
+    order = np.empty(len(latents_int32), np.int64)
     cursor = starts[:-1].copy()
-    for position in range(len(flat_values)):
-        if flat_values[position] > 0:
-            latent = flat_indices[position]
-            entries[cursor[latent]] = position
-            cursor[latent] += 1
-    return starts, entries
+    for entry in range(len(latents_int32)):
+        latent = latents_int32[entry]
+        order[cursor[latent]] = entry
+        cursor[latent] += 1
+    return starts, order
 
 
 @compiled
 @no_type_check
-def adam(weight, first, second, gradient, new1, beta2, new2, rate, root_correction, epsilon):
-    """torch.optim.Adam for one row.
-
-    new1 = 1 - beta1, new2 = 1 - beta2, rate = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t).
-    """
+def adam(weight, first, second, gradient, new1, beta2, new2, rate, root_correction, epsilon, keep):
+    """AdamW for one row; `step.AdamNumbers` says what the numbers are."""
     for j in range(len(weight)):
         first[j] += (gradient[j] - first[j]) * new1
         second[j] = second[j] * beta2 + gradient[j] * gradient[j] * new2
-        weight[j] -= rate * first[j] / (np.sqrt(second[j]) / root_correction + epsilon)
+        weight[j] = weight[j] * keep - rate * first[j] / (np.sqrt(second[j]) / root_correction + epsilon)
 
 
 @compiled
 @no_type_check
 def update_latents(
-    start, stop, starts, entries, k, values, value_gradient, centred, error, scale,
-    dead_slot, dead_W_enc, dead_W_dec,
+    start, stop, starts, input_rows_int32, error_rows_int32, values, gradients, inputs, errors,
+    known_slots_int32, known_W_enc, known_W_dec,
     W_enc, W_dec, enc_first, enc_second, dec_first, dec_second,
-    new1, beta2, new2, rate, root_correction, epsilon, W_enc_bits,
+    new1, beta2, new2, rate, root_correction, epsilon, keep, unit,
 ):  # fmt: skip
-    width = W_enc.shape[1]
-    enc_gradient = np.empty(width, np.float32)
-    dec_gradient = np.empty(width, np.float32)
-    flat_values = values.ravel()
-    flat_value_gradient = value_gradient.ravel()
+    enc_gradient = np.empty(W_enc.shape[1], np.float32)
+    dec_gradient = np.empty(W_dec.shape[1], np.float32)
     for latent in range(start, stop):
-        slot = dead_slot[latent]
-        if slot >= 0:  # what the auxiliary loss asks of this latent, already in final units
-            enc_gradient[:] = dead_W_enc[slot]
-            dec_gradient[:] = dead_W_dec[slot]
+        slot = known_slots_int32[latent]
+        if slot >= 0:
+            enc_gradient[:] = known_W_enc[slot]
+            dec_gradient[:] = known_W_dec[slot]
         else:
             enc_gradient[:] = 0
             dec_gradient[:] = 0
-        for entry in entries[starts[latent] : starts[latent + 1]]:
-            row = entry // k
-            to_encoder = scale * flat_value_gradient[entry]
-            to_decoder = scale * flat_values[entry]
-            for j in range(width):
-                enc_gradient[j] += to_encoder * centred[row, j]
-                dec_gradient[j] += to_decoder * error[row, j]
+        for entry in range(starts[latent], starts[latent + 1]):
+            input_row, to_encoder = input_rows_int32[entry], gradients[entry]
+            for j in range(len(enc_gradient)):
+                enc_gradient[j] += to_encoder * inputs[input_row, j]
+            error_row, to_decoder = error_rows_int32[entry], values[entry]
+            for j in range(len(dec_gradient)):
+                dec_gradient[j] += to_decoder * errors[error_row, j]
 
         direction = W_dec[latent]
-        along = np.float32(0)
-        for j in range(width):
-            along += dec_gradient[j] * direction[j]
-        for j in range(width):
-            dec_gradient[j] -= along * direction[j]
+        if unit:
+            along = np.float32(0)
+            for j in range(len(direction)):
+                along += dec_gradient[j] * direction[j]
+            for j in range(len(direction)):
+                dec_gradient[j] -= along * direction[j]
         adam(
             direction, dec_first[latent], dec_second[latent], dec_gradient,
-            new1, beta2, new2, rate, root_correction, epsilon,
+            new1, beta2, new2, rate, root_correction, epsilon, keep,
         )  # fmt: skip
-        squares = np.float32(0)
-        for j in range(width):
-            squares += direction[j] * direction[j]
-        norm = np.sqrt(squares)
-        for j in range(width):
-            direction[j] /= norm
-
-        weight = W_enc[latent]
+        if unit:
+            squares = np.float32(0)
+            for j in range(len(direction)):
+                squares += direction[j] * direction[j]
+            inverse = np.float32(1) / np.sqrt(squares)
+            for j in range(len(direction)):
+                direction[j] *= inverse
         adam(
-            weight, enc_first[latent], enc_second[latent], enc_gradient,
-            new1, beta2, new2, rate, root_correction, epsilon,
+            W_enc[latent], enc_first[latent], enc_second[latent], enc_gradient,
+            new1, beta2, new2, rate, root_correction, epsilon, keep,
         )  # fmt: skip
-        round_to_bfloat16(weight, W_enc_bits[latent])
 
 
 @compiled
 @no_type_check
-def round_to_bfloat16(row, out):
-    """Round to nearest, ties to even, as torch does. (A NaN is caught before it gets here.)"""
-    for j in range(len(row)):
-        bits = bits_of_float(row[j])
-        out[j] = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+def round_rows_to_bfloat16(start, stop, rows, out_bits):
+    for row in range(start, stop):
+        for j in range(rows.shape[1]):
+            out_bits[row, j] = bfloat16_of_float(rows[row, j])

@@ -6,7 +6,14 @@ where x is a row normalised to mean 0 and standard deviation 1 over its own elem
 deep layers comparable with the rest (reference: Gao et al. 2024, arXiv 2406.04093). Latents stay sparse everywhere:
 `SparseCode` holds, per row, the k values and which latents they belong to.
 
-On disk: `sae.safetensors` with the four tensors, `sae.json` with the config.
+Instead of the k largest, a latent may be active where it exceeds one threshold (`jumprelu`: Rajamanoharan et al. 2024,
+arXiv 2407.14435; a global threshold after training is that of He et al. 2024, arXiv 2410.20526) or where it is positive
+(`relu`). A transcoder reconstructs another site: it has a bias `b_dec` of its own, and maybe a linear path `W_skip`.
+
+Whatever it was trained with, a saved SAE has decoder directions of norm 1, and its input is normalised per token or not
+at all: other norms and scales are folded into the weights.
+
+On disk: `sae.safetensors` with the tensors, `sae.json` with the config.
 """
 
 from __future__ import annotations
@@ -26,6 +33,9 @@ from monosemy.artifact import read_manifest, read_tensors, to_json, write_tensor
 from monosemy.runtime import InputError
 
 Normalization = Literal["token", "none"]
+
+DENSE_ELEMENTS = 1 << 24
+"""Dense pre-activations that are held at once."""
 
 EPSILON = 1e-6
 """Added to a row's standard deviation, so that a constant row is not divided by 0."""
@@ -49,6 +59,17 @@ class SAEConfig:
     """`token`: every row to mean 0 and standard deviation 1; `none`: as it is."""
     sink_norm: float | None = None
     """Rows of a larger norm are attention sinks, left out of training; None if none were."""
+    activation: Literal["topk", "jumprelu", "relu"] = "topk"
+    """Which positive latents are active: the k largest of a row, those above `threshold`, or all."""
+    threshold: float = 0.0
+    """What an activation must exceed, with `jumprelu`; k latents of a row do, on average over training rows."""
+    target_site: str | None = None
+    """The site that a transcoder reconstructs from the rows at `site`; None: `site` itself."""
+
+    @property
+    def output_site(self) -> str:
+        """The site of what is reconstructed."""
+        return self.target_site or self.site
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_latents", "k"):
@@ -101,18 +122,65 @@ class SAE:
         if x.shape[1] != self.config.d_model:
             raise InputError(f"rows have width {x.shape[1]}; this SAE was trained on width {self.config.d_model}")
         normalized, center, scale = self.normalize(x)
-        W_enc, b_enc, _, b_pre = self.parameters
-        values, indices = kernels.encode_topk(normalized, W_enc, b_enc, b_pre, self.config.k)
-        return SparseCode(values, indices, center, scale)
+        centred = normalized - self.parameters.b_pre
+        if self.config.activation == "topk":
+            code = kernels.encode_topk(centred, self.parameters.W_enc, self.parameters.b_enc, self.config.k)
+        else:
+            code = self._above_threshold(centred)
+        return SparseCode(*code, center, scale)
 
-    def decode(self, code: SparseCode) -> Float[Tensor, "row d_model"]:
-        """Raw rows from latent activations."""
-        sparse = kernels.TopK(code.values, code.indices)
-        return kernels.decode(sparse, self.parameters.W_dec, self.parameters.b_pre) * code.scale + code.center
+    def _above_threshold(self, centred: Float[Tensor, "row d_model"]) -> kernels.TopK:
+        """All activations above the threshold, in as many slots as the fullest row needs."""
+        threshold = self.config.threshold if self.config.activation == "jumprelu" else 0.0
+        parts = []
+        for rows in centred.split(max(1, DENSE_ELEMENTS // self.config.n_latents)):
+            pre = torch.addmm(self.parameters.b_enc, rows, self.parameters.W_enc.T)
+            pre = torch.where(pre > threshold, pre, 0.0)
+            found = pre.topk(max(1, int((pre > 0).sum(dim=1).max())), dim=1)
+            parts.append((found.values, torch.where(found.values > 0, found.indices, 0).int()))
+        width = max((values.shape[1] for values, _ in parts), default=1)
+        values, indices = (
+            [torch.nn.functional.pad(part[which], (0, width - part[which].shape[1])) for part in parts]
+            for which in (0, 1)
+        )
+        if not parts:
+            return kernels.TopK(torch.zeros(0, width), torch.zeros(0, width, dtype=torch.int32))
+        return kernels.TopK(torch.cat(values), torch.cat(indices))
+
+    def decode(
+        self, code: SparseCode, x: Float[Tensor, "row d_model"] | None = None, h_bias: Tensor | None = None
+    ) -> Float[Tensor, "row d_model"]:
+        """Raw rows from latent activations; with `h_bias` (latent,), as if every latent were that much more active on
+        every row (reference system A's control for steering). A transcoder with a skip path needs the raw rows `x`."""
+        of = self.parameters
+        out = kernels.decode(kernels.TopK(code.values, code.indices), of.W_dec, of.output_bias)
+        if of.W_skip is not None:
+            if x is None:
+                raise InputError("this transcoder has a skip path: decode(code, x) needs the rows x that were encoded")
+            out = out + (self.normalize(x)[0] - of.b_pre) @ of.W_skip.T
+        if h_bias is not None:
+            out = out + h_bias @ of.W_dec
+        return out * code.scale + code.center
 
     def __call__(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
-        """The reconstruction of raw rows `x`."""
-        return self.decode(self.encode(x))
+        """The reconstruction of raw rows `x` (a transcoder's: of the rows at its target site)."""
+        return self.decode(self.encode(x), x)
+
+    def to_jumprelu(self, x: Float[Tensor, "row d_model"]) -> SAE:
+        """This SAE with one threshold in place of the choice of the k largest: the one that keeps k latents per row of
+        `x` on average. Latents do not compete any more, so one can be read without computing the others."""
+        centred = self.normalize(x)[0] - self.parameters.b_pre
+        arguments = (centred, self.parameters.W_enc, self.parameters.b_enc)
+        n_candidates = min(4 * self.config.k, self.config.n_latents)
+        while True:
+            values = kernels.encode_topk(*arguments, n_candidates).values
+            n_kept = min(self.config.k * len(x), values.numel())
+            kept = values.flatten().topk(min(n_kept + 1, values.numel())).values
+            threshold = kept[-1].item()  # of the first one that is not kept: what is kept exceeds it
+            if n_candidates == self.config.n_latents or bool((values.min(dim=1).values < threshold).all()):
+                break
+            n_candidates = min(2 * n_candidates, self.config.n_latents)
+        return SAE(dataclasses.replace(self.config, activation="jumprelu", threshold=threshold), self.parameters)
 
     def is_sink(self, x: Float[Tensor, "row d_model"]) -> Bool[Tensor, " row"]:
         """Which of the raw rows `x` are attention sinks, unknown to this SAE."""
@@ -132,7 +200,7 @@ class SAE:
 
     def save(self, folder: Path) -> None:
         """Write `sae.safetensors` and `sae.json` into `folder`."""
-        write_tensors(folder / "sae.safetensors", self.parameters._asdict())
+        write_tensors(folder / "sae.safetensors", self.parameters.named())
         write_text(folder / "sae.json", to_json(self.config))
 
 
@@ -142,7 +210,7 @@ def normalize_rows(
     """(rows, centers, scales) with x = rows * scales + centers, in float32."""
     x = x.float()
     if how == "none":
-        return x, torch.zeros(len(x), 1), torch.ones(len(x), 1)
+        return x, torch.zeros(len(x), 1, device=x.device), torch.ones(len(x), 1, device=x.device)
     center = x.mean(dim=1, keepdim=True)
     centred = x - center
     scale = centred.square().mean(dim=1, keepdim=True).sqrt() + EPSILON
@@ -155,4 +223,19 @@ def load_sae(path: Path | str, verify: bool = False) -> SAE:
     read_manifest(folder, "sae", verify)
     config = SAEConfig(**json.loads((folder / "sae.json").read_text(encoding="utf-8")))
     tensors = read_tensors(folder / "sae.safetensors")
-    return SAE(config, kernels.Parameters(*(tensors[name] for name in kernels.Parameters._fields)))
+    return SAE(config, kernels.Parameters(*(tensors.get(name) for name in kernels.Parameters._fields)))  # pyright: ignore
+
+
+def folded(parameters: kernels.Parameters, input_scale: float = 1.0, output_scale: float = 1.0) -> kernels.Parameters:
+    """The parameters that do to x what the given ones do to input_scale * x, with a result that is output_scale times
+    as large; decoder directions of norm 1, so activations are in units of the (raw) output."""
+    norms = parameters.W_dec.norm(dim=1)
+    gain = norms / output_scale
+    return kernels.Parameters(
+        W_enc=parameters.W_enc * (gain * input_scale)[:, None],
+        b_enc=parameters.b_enc * gain,
+        W_dec=parameters.W_dec / norms[:, None],
+        b_pre=parameters.b_pre / input_scale,
+        b_dec=None if parameters.b_dec is None else parameters.b_dec / output_scale,
+        W_skip=None if parameters.W_skip is None else parameters.W_skip * (input_scale / output_scale),
+    )

@@ -139,7 +139,7 @@ def load_metrics(path: Path) -> Metrics:
 
 def check_fits(sae: SAE, model: LanguageModel) -> None:
     """Raise `InputError` unless the SAE's site and width are the model's."""
-    check_sites(model, [Site.parse(sae.config.site)])
+    check_sites(model, [Site.parse(sae.config.site), Site.parse(sae.config.output_site)])
     if sae.config.d_model != model.config.d_model:
         raise InputError(
             f"the SAE was trained on width {sae.config.d_model} ({sae.config.model}), "
@@ -158,11 +158,11 @@ def evaluate(sae: SAE, model: LanguageModel, tokens: TokenFile, config: Evaluate
     with Progress("evaluate", total, "token") as progress:
         for measured, part in ((True, loss_sentences), (False, sentences[len(loss_sentences) :])):
             for batch in length_batches(tokens, part, batch_tokens=1024):
-                rows = losses.add(batch) if measured else losses.rows_at_site(batch)
+                rows, wanted = losses.add(batch) if measured else losses.rows_at_sites(batch)
                 code = sae.encode(rows)
                 sink = sae.is_sink(rows)
-                every.add(rows, code)
-                without.add(rows[~sink], SparseCode(*(field[~sink] for field in code)))
+                every.add(rows, code, wanted)
+                without.add(rows[~sink], SparseCode(*(field[~sink] for field in code)), wanted[~sink])
                 progress.advance(int(batch.lengths.sum()))
     return Metrics(
         without_sinks=without.result(),
@@ -192,14 +192,17 @@ class ReconstructionSums:
         self.fired = torch.zeros(sae.config.n_latents, dtype=torch.int64)
         self.cosine = 0.0
 
-    def add(self, rows: Float[Tensor, "row d_model"], code: SparseCode) -> None:
+    def add(
+        self, rows: Float[Tensor, "row d_model"], code: SparseCode, wanted: Float[Tensor, "row d_model"] | None = None
+    ) -> None:
+        """`wanted`: what is to be reconstructed from `rows`; None: themselves."""
         if len(rows) == 0:
             return
-        rows = rows.float()
-        reconstruction = self.sae.decode(code)
-        self.raw.add(rows, reconstruction - rows)
-        self.normalized.add((rows - code.center) / code.scale, (reconstruction - rows) / code.scale)
-        self.cosine += torch.cosine_similarity(rows, reconstruction).double().sum().item()
+        wanted = (rows if wanted is None else wanted).float()
+        reconstruction = self.sae.decode(code, rows)
+        self.raw.add(wanted, reconstruction - wanted)
+        self.normalized.add((wanted - code.center) / code.scale, (reconstruction - wanted) / code.scale)
+        self.cosine += torch.cosine_similarity(wanted, reconstruction).double().sum().item()
         self.fired += torch.bincount(code.indices[code.values > 0].long(), minlength=len(self.fired))
 
     def result(self) -> Reconstruction:
@@ -242,30 +245,31 @@ class LossSums:
     VARIANTS = ("original", "reconstructed", "zero", "reconstructed_sparing", "zero_sparing")
 
     def __init__(self, sae: SAE, model: LanguageModel) -> None:
-        self.sae, self.model, self.site = sae, model, Site.parse(sae.config.site)
+        self.sae, self.model = sae, model
+        self.site, self.output_site = Site.parse(sae.config.site), Site.parse(sae.config.output_site)
         self.every: dict[str, float] = dict.fromkeys(self.VARIANTS, 0.0)
         self.sparing: dict[str, float] = dict.fromkeys(self.VARIANTS, 0.0)
         self.n_every = self.n_sparing = 0
 
-    def rows_at_site(self, batch: PackedBatch) -> Float[Tensor, "row d_model"]:
-        """The rows at the SAE's site."""
+    def rows_at_sites(self, batch: PackedBatch) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row d_model"]]:
+        """The rows at the SAE's site, and those that it is to reconstruct."""
         return self._read(self._before_site(batch), batch)
 
-    def add(self, batch: PackedBatch) -> Float[Tensor, "row d_model"]:
-        """Measure every variant on `batch`, and give its rows as `rows_at_site` does."""
+    def add(self, batch: PackedBatch) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row d_model"]]:
+        """Measure every variant on `batch`, and give its rows as `rows_at_sites` does."""
         before = self._before_site(batch)
-        rows = self._read(before, batch)
+        rows, wanted = self._read(before, batch)
         sink = self.sae.is_sink(rows)
         reconstruction = self.sae(rows).to(rows.dtype)
         predicts = torch.ones(len(rows), dtype=torch.bool)
         predicts[batch.lengths.cumsum(0) - 1] = False  # nothing follows the last token of a sentence
         counted = ~sink[predicts]
         replacements = {
-            "original": rows,
+            "original": wanted,
             "reconstructed": reconstruction,
-            "zero": torch.zeros_like(rows),
-            "reconstructed_sparing": torch.where(sink[:, None], rows, reconstruction),
-            "zero_sparing": torch.where(sink[:, None], rows, 0.0),
+            "zero": torch.zeros_like(wanted),
+            "reconstructed_sparing": torch.where(sink[:, None], wanted, reconstruction),
+            "zero_sparing": torch.where(sink[:, None], wanted, 0.0),
         }
         for name, replacement in replacements.items():
             loss = self._loss(before, replacement, batch, predicts).double()
@@ -273,20 +277,24 @@ class LossSums:
             self.sparing[name] += loss[counted].sum().item()
         self.n_every += int(predicts.sum())
         self.n_sparing += int(counted.sum())
-        return rows
+        return rows, wanted
+
+    @property
+    def _first_layer(self) -> int:
+        return min(self.site.layer, self.output_site.layer)
 
     def _before_site(self, batch: PackedBatch) -> Float[Tensor, "1 token d_model"]:
-        return self.model.run_layers(self.model.embed(batch.ids), end=self.site.layer, lengths=batch.lengths)
+        return self.model.run_layers(self.model.embed(batch.ids), end=self._first_layer, lengths=batch.lengths)
 
-    def _read(self, before: Tensor, batch: PackedBatch) -> Float[Tensor, "row d_model"]:
-        taps, layer = Taps(reads={self.site}), self.site.layer
-        self.model.run_layers(before, start=layer, end=layer + 1, taps=taps, lengths=batch.lengths)
-        return taps.values[self.site][0]
+    def _read(self, before: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        taps, last = Taps(reads={self.site, self.output_site}), max(self.site.layer, self.output_site.layer)
+        self.model.run_layers(before, start=self._first_layer, end=last + 1, taps=taps, lengths=batch.lengths)
+        return taps.values[self.site][0], taps.values[self.output_site][0]
 
     def _loss(self, before: Tensor, rows: Tensor, batch: PackedBatch, predicts: Tensor) -> Float[Tensor, " prediction"]:
-        """The cross-entropy of every next token, with `rows` in place of those at the site."""
-        taps = Taps(edits={self.site: lambda *_: rows[None]})
-        hidden = self.model.run_layers(before, start=self.site.layer, taps=taps, lengths=batch.lengths)
+        """The cross-entropy of every next token, with `rows` in place of those at the output site."""
+        taps = Taps(edits={self.output_site: lambda *_: rows[None]})
+        hidden = self.model.run_layers(before, start=self._first_layer, taps=taps, lengths=batch.lengths)
         logits = self.model.unembed(hidden[:, predicts])[0]
         targets = batch.ids[0, 1:][predicts[:-1]]
         return torch.nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 import torch
 
-from monosemy import verify
+from monosemy import options, verify
 from monosemy.activations import capture, remote, store
 from monosemy.activations.capture import CaptureConfig
 from monosemy.activations.stream import Stream
@@ -72,8 +72,9 @@ def test_an_interrupted_capture_goes_on(config: CaptureConfig, tiny_run: Path, u
 def test_training_from_a_url(config: CaptureConfig, tmp_path: Path):
     capture.run(config)
     manifest = train.run(
-        train.TrainConfig(
-            out=tmp_path / "sae", activations=config.out, n_latents=64, k=4, train_tokens=1000, batch_size=200
+        options.build(
+            train.TrainConfig,
+            dict(out=tmp_path / "sae", activations=config.out, n_latents=64, k=4, train_tokens=1000, batch_size=200),
         )
     )
     assert manifest.parents["activations"] == store.open_activations(config.out).manifest.digest

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from monosemy import options
 from monosemy.activations import capture, live, store
 from monosemy.activations.capture import CaptureConfig, ShardMaker
 from monosemy.activations.live import LiveActivations
@@ -183,16 +184,16 @@ def test_training_on_the_fly_is_training_from_disk(
 ):  # fmt: skip
     model, tokens = str(tiny_llama_folder), tiny_run / "tokens"
     capture.run(CaptureConfig(tokens=tokens, out=tmp_path / "stored", model=model, sites=("L1.resid_post",)))
-    stored = train.TrainConfig(activations=tmp_path / "stored", **training)
+    stored = options.build(train.TrainConfig, training | {"activations": tmp_path / "stored"})
     source: dict[str, Any] = {"model": model, "tokens": tokens, "site": "L1.resid_post", "out": tmp_path / "live"}
-    on_the_fly = train.TrainConfig(**training | source)
+    on_the_fly = options.build(train.TrainConfig, training | source)
     train.run(stored)
     with monkeypatch.context() as patch:
         patch.setattr(live.LiveActivations, "_compute", _stopping(live.LiveActivations._compute))
         with pytest.raises(KeyboardInterrupt):
             train.run(on_the_fly)
     manifest = train.run(on_the_fly)
-    assert sorted(manifest.files) == ["history.parquet", "sae.json", "sae.safetensors"]
+    assert sorted(manifest.files) == ["activity.parquet", "history.jsonl", "sae.json", "sae.safetensors"]
     assert manifest.parents.keys() == {"model", "tokens", "dtype"}
     for name in manifest.files:
         assert (on_the_fly.out / name).read_bytes() == (stored.out / name).read_bytes()
@@ -211,4 +212,4 @@ def test_training_needs_one_source(training: dict[str, Any], tmp_path: Path):
     both: dict[str, Any] = {"activations": tmp_path, "model": "m", "tokens": tmp_path, "site": "L0R"}
     for names in ((), ("model",), ("model", "tokens"), tuple(both)):
         with pytest.raises(InputError, match=message):
-            train.TrainConfig(**training | {name: both[name] for name in names})
+            options.build(train.TrainConfig, training | {name: both[name] for name in names})

@@ -9,17 +9,18 @@ import pytest
 
 SCRIPT = """
 import hashlib, torch
-from monosemy.kernels import Moments, Parameters, StepSettings, Workspace, train_step
+from monosemy.kernels import Moments, Parameters, StepSettings, make_workspace, train_step
 random = torch.Generator().manual_seed(0)
 directions = torch.nn.functional.normalize(torch.randn(48, 32, generator=random), dim=1)
 parameters = Parameters(directions / 4, torch.zeros(48), directions.clone(), torch.zeros(32))
 moments = Moments(parameters.zeros_like(), parameters.zeros_like())
 dead = torch.arange(48) < 5
-workspace = Workspace()
+workspace = make_workspace(parameters)
 for step in range(1, 20):
     x = torch.randn(128, 32, generator=random)
     train_step(parameters, moments, x, dead, StepSettings(4, 8), 2e-3, step, workspace)
-print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in (*parameters, *moments.first, *moments.second))).hexdigest())
+state = [tensor for part in (parameters, *moments) for tensor in part.named().values()]
+print(hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in state)).hexdigest())
 """
 
 

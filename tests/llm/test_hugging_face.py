@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from monosemy import options
 from monosemy.llm.checkpoint import load_model
 from monosemy.llm.generate import SamplingSettings, generate
 from monosemy.llm.hugging_face import ARCHITECTURES, HuggingFaceModel, load_decoder
@@ -477,10 +478,10 @@ def test_from_text_to_steering(gpt2_folder: Path, tmp_path: Path):
         )
     )  # fmt: skip
     train.run(
-        train.TrainConfig(
+        options.build(train.TrainConfig, dict(
             activations=paths["activations"], out=paths["sae"], n_latents=48, k=4, train_tokens=5000, batch_size=128,
             dead_after_tokens=2000, k_aux=8,
-        )
+        ))
     )  # fmt: skip
     evaluate.run(
         evaluate.EvaluateConfig(

@@ -2,13 +2,12 @@
 
 import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from monosemy import kernels
+from monosemy import kernels, options
 from monosemy.activations.capture import length_batches
 from monosemy.artifact import read_manifest
 from monosemy.corpus import open_tokens
@@ -17,6 +16,7 @@ from monosemy.runtime import InputError
 from monosemy.sae import evaluate, train
 from monosemy.sae.autoencoder import SAE, SAEConfig, load_sae, normalize_rows
 from monosemy.sae.evaluate import LossSums, ReconstructionSums, VarianceSums, loss_recovered
+from monosemy.sae.tracking import read_history
 
 
 def identity_sae(d_model: int, site: str = "L1.resid_post", **options) -> SAE:
@@ -29,10 +29,10 @@ def identity_sae(d_model: int, site: str = "L1.resid_post", **options) -> SAE:
 
 @pytest.fixture
 def config(tiny_run: Path, tmp_path: Path) -> train.TrainConfig:
-    return train.TrainConfig(
+    return options.build(train.TrainConfig, dict(
         activations=tiny_run / "activations", out=tmp_path / "sae", n_latents=64, k=4, train_tokens=10_000,
         batch_size=256, dead_after_tokens=2000, k_aux=8, checkpoint_every=7,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("normalize", ["token", "none"])
@@ -69,9 +69,7 @@ def test_saved_sae_loads_unchanged(tiny_run: Path):
 
 
 def test_training_lowers_the_error(tiny_run: Path):
-    from pyarrow import parquet
-
-    fvu = parquet.read_table(tiny_run / "sae" / "history.parquet").column("fvu").to_pylist()
+    fvu = [line["fvu"] for line in read_history(tiny_run / "sae")]
     assert fvu[-1] < 0.5 * fvu[0]
 
 
@@ -81,12 +79,12 @@ def test_interrupted_training_ends_in_the_same_bytes(config: train.TrainConfig, 
     step_kernel, steps = kernels.train_step, []
 
     def stopping(*arguments):
-        steps.append(arguments[-2])
+        steps.append(arguments[6])
         if len(steps) == stop_at:
             raise KeyboardInterrupt
         return step_kernel(*arguments)
 
-    again = replace(config, out=tmp_path / "again")
+    again = options.replaced(config, out=tmp_path / "again")
     monkeypatch.setattr(kernels, "train_step", stopping)
     with pytest.raises(KeyboardInterrupt):
         train.run(again)
@@ -100,7 +98,7 @@ def test_a_nan_loss_names_the_step_and_keeps_the_checkpoint(config: train.TrainC
 
     def broken(*arguments):
         result = step_kernel(*arguments)
-        return result._replace(loss=float("nan")) if arguments[-2] == 9 else result
+        return result._replace(loss=float("nan")) if arguments[6] == 9 else result
 
     monkeypatch.setattr(kernels, "train_step", broken)
     with pytest.raises(InputError, match="the loss became nan at step 9: try a learning rate below"):
@@ -111,8 +109,8 @@ def test_a_nan_loss_names_the_step_and_keeps_the_checkpoint(config: train.TrainC
 
 
 def test_learning_rate_rises_stays_and_falls(config: train.TrainConfig):
-    schedule = replace(config, train_tokens=256 * 100, warmup=0.1, decay=0.3, learning_rate=1.0)
-    rates = [train.learning_rate(schedule, step) for step in range(1, 101)]
+    schedule = options.replaced(config, train_tokens=256 * 100, warmup=0.1, decay=0.3, learning_rate=1.0)
+    rates = [schedule.learning_rate(step) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[10:70] == [1.0] * 60
     assert 0 < rates[-1] < 0.04
@@ -120,7 +118,7 @@ def test_learning_rate_rises_stays_and_falls(config: train.TrainConfig):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("changes", "message"),
     [
         ({"k": 65}, "k is 65, but there are only 64 latents"),
         ({"n_latents": 0}, "n_latents is 0; expected at least 1"),
@@ -130,15 +128,15 @@ def test_learning_rate_rises_stays_and_falls(config: train.TrainConfig):
         ({"k_aux": -1}, "expected 0 or more"),
     ],
 )
-def test_bad_training_options(config: train.TrainConfig, options: dict, message: str):
+def test_bad_training_options(config: train.TrainConfig, changes: dict, message: str):
     with pytest.raises(InputError, match=message):
-        replace(config, **options)
+        options.replaced(config, **changes)
 
 
 def test_other_settings_for_the_same_folder_are_refused(config: train.TrainConfig):
     train.run(config)
     with pytest.raises(InputError, match=r"made with other settings \(config k: 4 then, 5 now\): give another --out"):
-        train.run(replace(config, k=5))
+        train.run(options.replaced(config, k=5))
 
 
 def test_bad_saes(tmp_path: Path, tiny_run: Path):
