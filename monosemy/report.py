@@ -24,6 +24,7 @@ from monosemy.runtime import InputError, count, require
 from monosemy.sae.activity import read_intervals
 from monosemy.sae.autoencoder import load_sae
 from monosemy.sae.evaluate import load_metrics, summary
+from monosemy.sae.settings import dead_after
 from monosemy.sae.tracking import read_history
 
 THEME = "talk of "
@@ -232,7 +233,8 @@ def training_plot(sae: Path) -> str:
     history = [line for line in read_history(sae) if "fvu" in line]
     columns = {name: np.array([line[name] for line in history]) for name in ("tokens", "fvu", "aux_loss")}
     validations = [(line["tokens"], line["validation_fvu"]) for line in read_history(sae) if "validation_fvu" in line]
-    intervals = read_intervals(sae, read_manifest(sae, "sae").config["dead_after_tokens"])
+    config = read_manifest(sae, "sae").config
+    intervals = read_intervals(sae, dead_after(config["dead_after_tokens"], config["train_tokens"]))
     figure, (left, right) = _figure(2)
     left.plot(columns["tokens"], columns["fvu"], color="C0", label="FVU of the batch")
     if validations:

@@ -12,7 +12,6 @@ install_import_hook("monosemy", "conftest.check_types")  # before anything of mo
 import pytest
 import torch
 
-from monosemy import options
 from monosemy.artifact import write_tensors
 from monosemy.llm.checkpoint import load_model, load_tokenizer
 from monosemy.llm.llama import Llama
@@ -128,13 +127,44 @@ def tiny_run(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
             sites=("L1.resid_post",), stored_as="float32", shard_tokens=1000, batch_tokens=256,
         )
     )  # fmt: skip
-    train.run(
-        options.build(train.TrainConfig, dict(
-            activations=folder / "activations", out=folder / "sae", n_latents=64, k=4, train_tokens=20_000,
-            batch_size=256, dead_after_tokens=4000, k_aux=8,
-        ))
-    )  # fmt: skip
+    sizes = {"n_latents": 64, "k": 4, "train_tokens": 20_000, "batch_size": 256, "dead_after_tokens": 4000, "k_aux": 8}
+    places = {"activations": folder / "activations", "out": folder / "sae"}
+    train.run(options.build(train.TrainConfig, sizes | places))
     return folder
+
+
+@pytest.fixture
+def training_config(tiny_run: Path, tmp_path: Path):
+    """A training of 39 steps on the activations of `tiny_run`."""
+    from monosemy import options
+    from monosemy.sae.settings import TrainConfig
+
+    sizes = {"n_latents": 64, "k": 4, "train_tokens": 10_000, "batch_size": 256, "dead_after_tokens": 2000, "k_aux": 8}
+    places = {"activations": tiny_run / "activations", "out": tmp_path / "sae"}
+    return options.build(TrainConfig, sizes | places | {"checkpoint_every": 7})
+
+
+@pytest.fixture
+def interrupted_training(monkeypatch):
+    """`interrupted_training(config, 9)`: a training that a person stops in the ninth step that it takes."""
+    from monosemy import kernels
+    from monosemy.sae import train
+
+    def interrupted(config: train.TrainConfig, stop_at: int) -> None:
+        taken, train_step = [], kernels.train_step
+
+        def stop(*arguments):
+            taken.append(arguments)
+            if len(taken) == stop_at:
+                raise KeyboardInterrupt
+            return train_step(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "train_step", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train.train_all(config)
+
+    return interrupted
 
 
 @pytest.fixture(scope="session")

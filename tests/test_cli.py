@@ -30,6 +30,9 @@ def options_now() -> dict[str, dict[str, str]]:
         config = getattr(importlib.import_module(f"monosemy.{command.module}"), command.config)
         fields = options.options(config).values()
         found[name] = {f.name: "required" if f.default is dataclasses.MISSING else repr(f.default) for f in fields}
+        for field in dataclasses.fields(config):
+            if dataclasses.is_dataclass(field.default) and not isinstance(field.default, type):
+                found[name] |= {option: repr(value) for option, value in options.values(field.default).items()}
     return found
 
 

@@ -32,7 +32,7 @@ from monosemy.kernels.step import AdamNumbers, Contributions, DenseRows
 from monosemy.kernels.types import Entries, Moments, Parameters, TopK
 from monosemy.runtime import cpu_count, keep_freed_memory
 
-PRODUCT_BYTES = 8 << 20
+PRODUCT_BYTES = 16 << 20
 """Size of a thread's buffer for the encoder product: small enough for the last-level cache."""
 
 FEWEST_ROWS = 128
@@ -82,9 +82,9 @@ class Workspace:
         """int8, bfloat16, or the float32 weights themselves."""
         self.scales: Float[np.ndarray, " latent"] | None = None
 
-    def refresh(self, W_enc: Float[Tensor, "latent d_in"], bounds: Int[np.ndarray, " bound"] | None = None) -> None:
-        """Follow a change of `W_enc`."""
-        bounds = _even(len(W_enc)) if bounds is None else bounds
+    def refresh(self, W_enc: Float[Tensor, "latent d_in"]) -> None:
+        """Take over `W_enc`; `update_latents` keeps up with it from then on."""
+        bounds = _even(len(W_enc))
         if W_enc.shape[1] < 4:
             self.precision = "float32"  # torch's product of bytes is wrong at width 1, and nothing is gained
         match self.precision:
@@ -100,6 +100,15 @@ class Workspace:
                     self.W_enc = torch.empty_like(W_enc, dtype=torch.int8)
                     self.scales = np.empty(len(W_enc), np.float32)
                 _in_parallel(loops.quantize_rows, bounds, W_enc.numpy(), self.W_enc.numpy(), self.scales)
+
+    def copies(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(bytes, their scales, bfloat16) that follow the weights; what is not in use has no rows."""
+        no_bytes, no_bits = np.empty((0, 0), np.int8), np.empty((0, 0), np.uint16)
+        if self.W_enc is None or self.scales is None or self.precision == "float32":
+            return no_bytes, np.empty(0, np.float32), no_bits
+        if self.precision == "int8":
+            return self.W_enc.numpy(), self.scales, no_bits
+        return no_bytes, self.scales, _bits(self.W_enc)
 
 
 def _bits(tensor: Tensor) -> np.ndarray:
@@ -187,6 +196,24 @@ def value_gradients(
     return out
 
 
+def errors_and_gradients(
+    entries: Entries,
+    W_dec: Float[Tensor, "latent d_out"],
+    group: Int32[Tensor, " latent"],
+    n_groups: int,
+    base: Float[Tensor, "row d_out"],
+    scale: float,
+) -> tuple[Float[Tensor, "row group d_out"], Float[Tensor, "row group"], Float[Tensor, " entry"]]:
+    """See `loops.errors_and_gradients`."""
+    errors = torch.empty(len(base), n_groups, base.shape[1])
+    squared, gradients = torch.empty(len(base), n_groups), torch.empty_like(entries.values)
+    arrays = (*(field.numpy() for field in entries), W_dec.numpy(), group.numpy(), base.numpy(), np.float32(scale))
+    _in_parallel(
+        loops.errors_and_gradients, _even(len(base)), *arrays, errors.numpy(), squared.numpy(), gradients.numpy()
+    )
+    return errors, squared, gradients
+
+
 def sort_by_latent(
     contributions: Contributions, n_latents: int
 ) -> tuple[Int[Tensor, " latent_and_end"], Contributions]:
@@ -216,5 +243,5 @@ def update_latents(
     work = starts.numpy() + LATENT_COST * np.arange(len(starts))  # how much there is before each latent
     bounds = np.searchsorted(work, np.linspace(0, work[-1], cpu_count() + 1))
     bounds[-1] = len(starts) - 1
-    _in_parallel(loops.update_latents, bounds, *(tensor.numpy() for tensor in (*entries, *weights)), *numbers, unit)
-    workspace.refresh(parameters.W_enc, bounds)
+    arrays = (tensor.numpy() for tensor in (*entries, *weights))
+    _in_parallel(loops.update_latents, bounds, *arrays, *numbers, unit, *workspace.copies())

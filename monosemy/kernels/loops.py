@@ -248,6 +248,32 @@ def value_gradients(start, stop, row_starts, latents_int32, errors, W_dec, group
             gradients[entry] = total
 
 
+@compiled
+@no_type_check
+def errors_and_gradients(
+    start, stop, row_starts, latents_int32, values, W_dec, group_int32, base, scale, errors, squared, gradients
+):
+    """Both loops above and what lies between, while the decoder rows of a row are in cache. With e[h] = (reconstruction
+    by groups up to h) - base: errors[row, g] = scale x (sum of e[h] over h >= g), and squared[row, g] = |e[g]|^2."""
+    n_groups, width = errors.shape[1], errors.shape[2]
+    for row in range(start, stop):
+        decode_prefixes(row, row + 1, row_starts, latents_int32, values, W_dec, group_int32, errors)
+        for group in range(1, n_groups):
+            for j in range(width):
+                errors[row, group, j] += errors[row, group - 1, j]
+        for group in range(n_groups):
+            total = np.float32(0)
+            for j in range(width):
+                error = errors[row, group, j] - base[row, j]
+                total += error * error
+                errors[row, group, j] = error * scale
+            squared[row, group] = total
+        for group in range(n_groups - 2, -1, -1):
+            for j in range(width):
+                errors[row, group, j] += errors[row, group + 1, j]
+        value_gradients(row, row + 1, row_starts, latents_int32, errors, W_dec, group_int32, gradients)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Update
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,12 +309,21 @@ def adam(weight, first, second, gradient, new1, beta2, new2, rate, root_correcti
 
 @compiled
 @no_type_check
+def round_rows_to_bfloat16(start, stop, rows, out_bits):
+    for row in range(start, stop):
+        for j in range(rows.shape[1]):
+            out_bits[row, j] = bfloat16_of_float(rows[row, j])
+
+
+@compiled
+@no_type_check
 def update_latents(
     start, stop, starts, input_rows_int32, error_rows_int32, values, gradients, inputs, errors,
     known_slots_int32, known_W_enc, known_W_dec,
     W_enc, W_dec, enc_first, enc_second, dec_first, dec_second,
-    new1, beta2, new2, rate, root_correction, epsilon, keep, unit,
+    new1, beta2, new2, rate, root_correction, epsilon, keep, unit, copy_int8, copy_scales, copy_bits,
 ):  # fmt: skip
+    """The copy of W_enc that has rows follows: in bytes, or in bfloat16."""
     enc_gradient = np.empty(W_enc.shape[1], np.float32)
     dec_gradient = np.empty(W_dec.shape[1], np.float32)
     for latent in range(start, stop):
@@ -329,11 +364,7 @@ def update_latents(
             W_enc[latent], enc_first[latent], enc_second[latent], enc_gradient,
             new1, beta2, new2, rate, root_correction, epsilon, keep,
         )  # fmt: skip
-
-
-@compiled
-@no_type_check
-def round_rows_to_bfloat16(start, stop, rows, out_bits):
-    for row in range(start, stop):
-        for j in range(rows.shape[1]):
-            out_bits[row, j] = bfloat16_of_float(rows[row, j])
+        if len(copy_int8) > 0:
+            quantize_rows(latent, latent + 1, W_enc, copy_int8, copy_scales)
+        if len(copy_bits) > 0:
+            round_rows_to_bfloat16(latent, latent + 1, W_enc, copy_bits)

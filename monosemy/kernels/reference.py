@@ -6,7 +6,8 @@ derives the gradients that `step` computes by hand:
 1. pre = W_enc (x - b_pre) + b_enc, one number per latent.
 2. Some stay, and of these negative ones become 0: the latent activations f. `topk`: the k largest of the row (Gao et
    al. 2024, arXiv 2406.04093). `batch_topk`: the k x rows largest positive ones of the batch (Bussmann et al. 2024,
-   arXiv 2412.06410). `relu`: all. With a free decoder they are ranked by pre x |W_dec| (He et al. 2024, arXiv 2410.20526).
+   arXiv 2412.06410). `relu`: all. With a free decoder they are ranked by pre x |W_dec| (He et al. 2024, arXiv
+   2410.20526).
 3. y_hat = W_dec^T f + b (+ W_skip (x - b_pre)), and the loss is the mean of (y_hat - y)^2 over rows and elements. With
    `prefixes`, it is the mean of that over y_hat made of the first m latents alone, for every m (Bussmann et al. 2025,
    arXiv 2503.17547).

@@ -92,6 +92,8 @@ class Kernels(Protocol):
         """Per entry, errors[its row, its latent's group] . W_dec[its latent]."""
         ...
 
+    # A device may also have `errors_and_gradients`: see `cpu`.
+
     def sort_by_latent(
         self, contributions: Contributions, n_latents: int
     ) -> tuple[Int[Tensor, " latent_and_end"], Contributions]:
@@ -146,17 +148,15 @@ def train_step(
 
     centred = x - parameters.b_pre
     entries = _active_entries(kernels, parameters, centred, norms, settings, workspace, exchange)
-    partial = kernels.decode_prefixes(entries, parameters.W_dec, group, n_groups)
-    errors = _errors(exchange.sum_shards(partial), centred, target, parameters)
     wanted = _joined(exchange.gather_replicas(target))
-    squared_error = (
-        _joined(exchange.gather_replicas(torch.linalg.vector_norm(errors, dim=2).square_())).double().sum(dim=0)
+    scale = 2 / wanted.numel() / n_groups
+    errors, squared, gradients = _errors_and_gradients(
+        kernels, parameters, entries, centred, target, group, n_groups, scale, exchange
     )
-    auxiliary = _auxiliary(kernels, parameters, centred, errors[:, -1], dead, norms, settings, wanted.numel(), exchange)
-    errors = errors.mul_(2 / wanted.numel() / n_groups)
-    if n_groups > 1:  # a latent of group j is in dictionary j and all larger ones
-        errors = errors.flip(1).cumsum(dim=1).flip(1)
-    gradients = kernels.value_gradients(entries, errors, parameters.W_dec, group)
+    squared_error = _joined(exchange.gather_replicas(squared)).double().sum(dim=0)
+    auxiliary = _auxiliary(
+        kernels, parameters, centred, errors[:, -1], 1 / scale, dead, norms, settings, wanted.numel(), exchange
+    )
 
     centred = _joined(exchange.gather_replicas(centred))
     errors = _joined(exchange.gather_replicas(errors))
@@ -287,23 +287,48 @@ def compact(code: TopK) -> Entries:
     return Entries(row_starts, code.indices[used], code.values[used])
 
 
+def _errors_and_gradients(
+    kernels: Kernels, parameters: Parameters, entries: Entries, centred: Tensor, target: Tensor, group: Tensor,
+    n_groups: int, scale: float, exchange: Exchange,
+) -> tuple[Float[Tensor, "row group d_out"], Float[Tensor, "row group"], Float[Tensor, " entry"]]:  # fmt: skip
+    """d(loss)/d(reconstruction) as latents of each group see it, the squared error by each of the nested dictionaries,
+    and d(loss)/d(activation)."""
+    fused = getattr(kernels, "errors_and_gradients", None)
+    if fused is not None and exchange is ALONE:  # in one visit per row, while its decoder rows are in cache
+        base = _base(centred, target, parameters)
+        return fused(entries, parameters.W_dec, group, n_groups, base, scale)
+    partial = kernels.decode_prefixes(entries, parameters.W_dec, group, n_groups)
+    errors = _errors(exchange.sum_shards(partial), centred, target, parameters)
+    squared = torch.linalg.vector_norm(errors, dim=2).square_()
+    errors.mul_(scale)
+    if n_groups > 1:  # a latent of group j is in dictionary j and all larger ones
+        errors = errors.flip(1).cumsum(dim=1).flip(1).contiguous()
+    return errors, squared, kernels.value_gradients(entries, errors, parameters.W_dec, group)
+
+
+def _base(centred: Tensor, target: Tensor, parameters: Parameters) -> Float[Tensor, "row d_out"]:
+    """What the latents have to reconstruct."""
+    base = target - parameters.output_bias
+    if parameters.W_skip is not None:
+        base -= centred @ parameters.W_skip.T
+    return base
+
+
 def _errors(
     partial: Float[Tensor, "row group d_out"], centred: Tensor, target: Tensor, parameters: Parameters
 ) -> Float[Tensor, "row group d_out"]:
     """Reconstruction - target, by each of the nested dictionaries. `partial` is changed."""
-    base = target - parameters.output_bias
-    if parameters.W_skip is not None:
-        base -= centred @ parameters.W_skip.T
     if partial.shape[1] > 1:
         torch.cumsum(partial, dim=1, out=partial)
-    return partial.sub_(base[:, None])
+    return partial.sub_(_base(centred, target, parameters)[:, None])
 
 
 def _auxiliary(
-    kernels: Kernels, parameters: Parameters, centred: Tensor, error: Tensor, dead: Tensor, norms: Tensor | None,
-    settings: StepSettings, n_elements: int, exchange: Exchange,
+    kernels: Kernels, parameters: Parameters, centred: Tensor, error: Tensor, unscale: float, dead: Tensor,
+    norms: Tensor | None, settings: StepSettings, n_elements: int, exchange: Exchange,
 ) -> Auxiliary:  # fmt: skip
-    """The auxiliary loss on this replica's rows of residual -`error`; `n_elements` are those of the whole batch."""
+    """The auxiliary loss on this replica's rows; their residual is -`error` x `unscale`, and `n_elements` are those of
+    the whole batch."""
     nobody = DenseRows(torch.full_like(parameters.b_enc, -1, dtype=torch.int32), centred[:0], error[:0])
     nothing = Auxiliary(0.0, nobody, torch.zeros_like(parameters.b_enc))
     n_dead = int(exchange.sum_shards(dead.sum()).item())
@@ -313,7 +338,7 @@ def _auxiliary(
     dead_norms = None if norms is None else norms[rows]
     weight = settings.aux_weight * aux_scale(n_dead, settings)
     make = _few_dead if n_dead <= FEW_DEAD else _many_dead
-    squared, found = make(kernels, parameters, centred, -error, rows, dead_norms, settings.k_aux, weight,
+    squared, found = make(kernels, parameters, centred, error * -unscale, rows, dead_norms, settings.k_aux, weight,
                           n_elements, exchange, nothing)  # fmt: skip
     loss = torch.stack(exchange.gather_replicas(squared)).sum().item() / n_elements
     return found._replace(loss=loss)

@@ -19,8 +19,12 @@ from monosemy.llm.sites import Site
 from monosemy.runtime import InputError
 from monosemy.sae.autoencoder import SAEConfig
 
-RULE_LEARNING_RATE, RULE_LATENTS = 2e-3, 8192
+RULE_LEARNING_RATE, RULE_LATENTS = 3e-3, 8192
+HIGHEST_LEARNING_RATE = 4e-3
 """The measured rule of `learning_rate`: the best rate at so many latents; docs/log.md has the runs."""
+
+DEAD_SHARE, DEAD_AT_MOST = 0.02, 10_000_000
+"""The rule of `dead_after_tokens`: this share of the run's rows, and at most so many (Gao et al. 2024)."""
 
 SHARED = ("out", "activations", "model", "tokens", "train_tokens", "batch_size", "data_seed", "device", "grid")
 """Options that a grid cannot vary: its SAEs see the same batches."""
@@ -85,7 +89,7 @@ class Optimizer:
     """AdamW, its schedule, and the loss that revives dead latents."""
 
     learning_rate: float | None = None
-    """Adam's step size at its height; not given: 2e-3 x sqrt(8192 / latents), at most 4e-3 (docs/log.md)."""
+    """Adam's step size at its height; not given: 3e-3 x sqrt(8192 / latents), at most 4e-3 (docs/log.md)."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How it falls at the end."""
     warmup: float = 0.05
@@ -104,8 +108,8 @@ class Optimizer:
     """AdamW: weights shrink by learning rate x this at every step."""
     ema: float = 0.0
     """Keep an average of the weights with this memory, for example 0.999, and save it instead; 0: do not."""
-    dead_after_tokens: int = 50_000
-    """Rows without firing after which a latent counts as dead."""
+    dead_after_tokens: int | None = None
+    """Rows without firing after which a latent counts as dead; not given: 2% of the run's rows, at most 10 million."""
     k_aux: int = 256
     """Dead latents that may reconstruct the residual of a row; 0 turns the auxiliary loss off."""
     aux_weight: float = 1.0
@@ -126,7 +130,7 @@ class Optimizer:
             )
         if self.k_aux < 0 or self.aux_weight < 0:
             raise InputError(f"k_aux is {self.k_aux} and aux_weight {self.aux_weight}; expected 0 or more")
-        if self.dead_after_tokens < 1:
+        if self.dead_after_tokens is not None and self.dead_after_tokens < 1:
             raise InputError(f"dead_after_tokens is {self.dead_after_tokens}; expected at least 1")
 
 
@@ -234,7 +238,12 @@ class TrainConfig:
         """The learning rate at its height."""
         if self.optimizer.learning_rate is not None:
             return self.optimizer.learning_rate
-        return min(2 * RULE_LEARNING_RATE, RULE_LEARNING_RATE * math.sqrt(RULE_LATENTS / self.n_latents))
+        return min(HIGHEST_LEARNING_RATE, RULE_LEARNING_RATE * math.sqrt(RULE_LATENTS / self.n_latents))
+
+    @property
+    def dead_after(self) -> int:
+        """Rows without firing after which a latent counts as dead."""
+        return dead_after(self.optimizer.dead_after_tokens, self.train_tokens)
 
     def learning_rate(self, step: int) -> float:
         """The rate of step `step`, from 1: a linear rise, a plateau, a fall that ends just above its last share."""
@@ -313,6 +322,13 @@ def _value(name: str, kind: Any, text: str) -> Any:
             return kind(text)
         if get_origin(kind) is Literal:
             return {str(allowed): allowed for allowed in get_args(kind)}[text]
-        return float(text) if kind == (float | None) else text
+        if kind in (int | None, float | None):
+            return (int if kind == (int | None) else float)(text)
+        return text
     except (ValueError, KeyError):
         raise InputError(f"--grid {name}: {text!r} is not a value of that option") from None
+
+
+def dead_after(given: int | None, train_tokens: int) -> int:
+    """`dead_after_tokens`, or what the rule makes of a run of `train_tokens` rows."""
+    return given or max(1, min(DEAD_AT_MOST, round(DEAD_SHARE * train_tokens)))

@@ -25,13 +25,13 @@ class Tracker:
 
     def __init__(self, folder: Path, config: TrainConfig, step: int) -> None:
         """Go on after step `step`, 0 at the start."""
+        self.wandb = _open_wandb(config) if config.watch.wandb is not None else None
+        self.board = _open_tensorboard(config) if config.watch.tensorboard is not None else None
         self.path, self.name = folder / HISTORY, config.out.name
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_text(self.path, "".join(kept))  # whole or not at all: a run may be killed twice
         self.file = self.path.open("a", encoding="utf-8")
-        self.wandb = _open_wandb(config) if config.watch.wandb is not None else None
-        self.board = _open_tensorboard(config) if config.watch.tensorboard is not None else None
         self.last_tokens, self.last_time = 0, time.monotonic()
 
     def log(self, figures: dict[str, Any]) -> None:
@@ -51,7 +51,9 @@ class Tracker:
                 self.board.add_scalar(name, value, figures["step"])
 
     def close(self) -> None:
-        """Bring everything to disk."""
+        """Bring everything to disk; a second time does nothing."""
+        if self.file.closed:
+            return
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()

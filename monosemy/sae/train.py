@@ -83,6 +83,8 @@ def train_all(config: TrainConfig) -> list[Manifest]:
             draft = trainings[0].draft
             # Each rank remembers for itself: they would write the same files at once.
             source.memory = ShardFolder((draft.path / LIVE / str(ranks.number)).joinpath, draft.identity)
+        for training in trainings:
+            stack.callback(training.close)
         failures = _train(trainings)
         for training in trainings:
             if training.failure is None:
@@ -206,6 +208,7 @@ class Training:
         self.latents = Latents(self.place.first_latent, self.place.end_latent)
         self.device, self.done, self.ended = device, 0, False
         self.failure: InputError | None = None
+        self.tracker: Tracker | None = None
         self.validations = Validations(math.inf, 0, 0)
         self.facts: dict[str, float] = {}
 
@@ -233,7 +236,7 @@ class Training:
         rows = self.feed.batch(step, self.place.replica, self.place.n_replicas)
         target = rows[1] if len(rows) > 1 else None
         before, seen = (step - 1) * config.batch_size, step * config.batch_size
-        dead = seen - state.last_fired > config.optimizer.dead_after_tokens
+        dead = seen - state.last_fired > config.dead_after
         rate, settings = config.learning_rate(step), config.step_settings(step)
         result = kernels.train_step(
             state.parameters, state.moments, rows[0], dead, settings, rate, step, self.workspace, target, exchange
@@ -311,6 +314,11 @@ class Training:
             self.draft.path, self.done, self.state, progress, self.latents, self.ranks, self.place.replica == 0,
             self.config.watch.keep_checkpoints,
         )  # fmt: skip
+
+    def close(self) -> None:
+        """Let go of the files and services that figures go to, however the run ended."""
+        if self.tracker is not None:
+            self.tracker.close()
 
     def commit(self) -> Manifest:
         """Finish the artifact."""

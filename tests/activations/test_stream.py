@@ -79,9 +79,9 @@ def test_a_window_is_shuffled_and_no_more_than_it(tiny_run: Path):
     activations = store.open_activations(tiny_run / "activations")
     stream = make_stream(tiny_run, window_rows=1)
     window = stream._window(0, 0)
-    assert len(window.shards) == 1
+    assert list(window.shards) == [SITE]
     assert sorted(window.row.tolist()) != window.row.tolist()
-    [member] = window.shards
+    [member] = window.shards[SITE]
     kept = ~activations.table(member).validation & ~activations.sinks(SITE, member)
     assert sorted(window.row.tolist()) == kept.nonzero().flatten().tolist()
     assert torch.equal(stream.batch(0), activations.shard(SITE, member).decoded()[window.row[:100]])
@@ -94,6 +94,40 @@ def test_stream_leaves_out_validation_and_sinks(tiny_run: Path):
     assert training.n_rows + validation.n_rows + n_sinks == activations.n_rows
     everything = make_stream(tiny_run, with_sinks=True)
     assert everything.n_rows >= training.n_rows
+
+
+def test_pairs_are_rows_of_the_same_tokens(config: CaptureConfig):
+    """What is a sink at either site is left out at both."""
+    sites = Site.parse("L0.mlp_in"), Site.parse("L1.resid_post")
+    capture.run(replace(config, sites=tuple(map(str, sites)), stored_as="float32"))
+    activations = store.open_activations(config.out)
+    options: dict[str, Any] = {"batch_size": 100, "seed": 5, "window_rows": 1500}
+    pairs = Stream(activations, sites[0], target_site=sites[1], **options)
+    known = {site: {} for site in sites}
+    n_both = n_sinks = 0
+    for number in range(activations.n_shards):
+        flags = [activations.sinks(site, number) for site in sites]
+        training = ~activations.table(number).validation
+        n_both += int((training & ~flags[0] & ~flags[1]).sum())
+        n_sinks += int((training & (flags[0] | flags[1])).sum())
+        first, second = (activations.shard(site, number).decoded() for site in sites)
+        known[sites[0]] |= {tuple(a.tolist()): tuple(b.tolist()) for a, b in zip(first, second, strict=True)}
+    assert pairs.n_rows == n_both
+    assert n_sinks > 0
+    seen = 0
+    for step in range(2 * pairs.steps_per_epoch):
+        rows, targets = pairs.batches(step)
+        halves = [pairs.batches(step, rank, 2) for rank in range(2)]
+        assert torch.equal(torch.cat([half[1] for half in halves]), targets)
+        found = [known[sites[0]].get(tuple(row.tolist())) for row in rows]
+        distinct = [
+            pair is not None and torch.equal(torch.tensor(pair), t) for pair, t in zip(found, targets, strict=True)
+        ]
+        seen += sum(distinct)
+    assert seen > 0.9 * 2 * pairs.steps_per_epoch * 100  # a token alone fixes its row at L0, so some rows occur twice
+    first_rows = pairs.first_rows(50)
+    assert [len(part) for part in first_rows] == [50, 50]
+    assert torch.equal(first_rows[1], pairs.batches(0)[1][:50])
 
 
 def test_past_the_end(tiny_run: Path):
