@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from monosemy import kernels, options
+from monosemy.activations import capture
 from monosemy.activations.store import open_activations
 from monosemy.activations.stream import Stream
 from monosemy.runtime import InputError
@@ -291,7 +292,7 @@ def test_an_interrupted_run_stops_at_the_same_step(
 
 
 def test_a_grid_makes_what_each_makes_alone(training_config: TrainConfig, tmp_path: Path, capsys):
-    config = options.replaced(training_config, grid=("k=2,4", "seed=0,1"))
+    config = options.replaced(training_config, grid=("k=2,4", "seed=0,1"), train_tokens=2560)
     manifests = train.train_all(config)
     names = ["k=2,seed=0", "k=2,seed=1", "k=4,seed=0", "k=4,seed=1"]
     assert sorted(path.name for path in config.out.iterdir()) == names
@@ -304,6 +305,25 @@ def test_a_grid_makes_what_each_makes_alone(training_config: TrainConfig, tmp_pa
         alone = train.run(options.replaced(member, out=tmp_path / "alone" / member.out.name))
         assert alone.digest == manifest.digest
     assert [manifest.digest for manifest in train.train_all(config)] == [manifest.digest for manifest in manifests]
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["stored", "live"])
+def test_a_grid_over_sites(training_config: TrainConfig, tiny_run: Path, tiny_llama_folder: Path, tmp_path: Path, live):
+    """Each SAE is the one that is trained on a capture of its site."""
+    sites, model = ("L0.mlp_out", "L1.resid_post"), str(tiny_llama_folder)
+    for name, captured in (("both", sites), ("one", sites[:1]), ("other", sites[1:])):
+        capture.run(capture.CaptureConfig(tokens=tiny_run / "tokens", out=tmp_path / name, model=model, sites=captured))
+    short = options.replaced(training_config, activations=tmp_path / "both", train_tokens=1280, batch_size=128)
+    grid = options.replaced(short, grid=(f"site={','.join(sites)}",), site=sites[0])
+    if live:
+        grid = options.replaced(grid, activations=None, model=model, tokens=tiny_run / "tokens")
+    train.train_all(grid)
+    for site, name in zip(sites, ("one", "other"), strict=True):
+        alone = options.replaced(short, activations=tmp_path / name, out=tmp_path / f"sae-{name}")
+        train.run(alone)
+        assert load_sae(alone.out).config.site == site
+        for file in ("sae.safetensors", "sae.json", "history.jsonl"):
+            assert (grid.out / f"site={site}" / file).read_bytes() == (alone.out / file).read_bytes()
 
 
 def test_a_grid_of_kinds_and_of_numbers_that_may_be_left_out(training_config: TrainConfig):
@@ -351,9 +371,9 @@ def test_one_that_diverges_leaves_the_others_finished(training_config: TrainConf
         result = train_step(*arguments)
         return result._replace(loss=math.inf) if arguments[4].k == 3 and arguments[6] == 9 else result
 
-    config = options.replaced(training_config, grid=("k=2,3,4",))
-    alone = train.run(options.replaced(training_config, k=4))
-    config = options.replaced(config, out=config.out.with_name("grid"))
+    short = options.replaced(training_config, train_tokens=2560)
+    alone = train.run(short)
+    config = options.replaced(short, grid=("k=2,3,4",), out=short.out.with_name("grid"))
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "train_step", broken)
         with pytest.raises(InputError, match="grid/k=3: the loss became inf at step 9"):

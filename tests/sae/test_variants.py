@@ -1,6 +1,7 @@
 """Every kind of dictionary is trained for real, and the saved SAE is what was trained."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,8 @@ def test_a_larger_l1_makes_codes_sparser(config: TrainConfig, rows: torch.Tensor
     def mean_l0(l1: float) -> float:
         return l0(trained(config, out=tmp_path / str(l1), activation="relu", l1=l1), rows).mean().item()
 
-    found = [mean_l0(l1) for l1 in (0.0, 0.3, 2.0)]
-    assert found[1] < 0.9 * found[0]
-    assert found[2] < 0.5 * found[1]
+    found = [mean_l0(l1) for l1 in (0.1, 2.0)]
+    assert found[1] < 0.5 * found[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,8 +156,7 @@ def test_latents_of_a_jumprelu_do_not_compete(config: TrainConfig, rows: torch.T
     def first_ten(sae: SAE) -> SAE:
         of = sae.parameters
         fewer = of._replace(W_enc=of.W_enc[:10], b_enc=of.b_enc[:10], W_dec=of.W_dec[:10])
-        settings = vars(sae.config) | {"n_latents": 10}
-        return SAE(SAEConfig(**settings), fewer)
+        return SAE(replace(sae.config, n_latents=10), fewer)
 
     torch.testing.assert_close(dense(jump, rows)[:, :10], dense(first_ten(jump), rows), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(dense(topk, rows)[:, :10], dense(first_ten(topk), rows), atol=1e-3)
