@@ -307,23 +307,24 @@ def test_a_grid_makes_what_each_makes_alone(training_config: TrainConfig, tmp_pa
     assert [manifest.digest for manifest in train.train_all(config)] == [manifest.digest for manifest in manifests]
 
 
-@pytest.mark.parametrize("live", [False, True], ids=["stored", "live"])
-def test_a_grid_over_sites(training_config: TrainConfig, tiny_run: Path, tiny_llama_folder: Path, tmp_path: Path, live):
-    """Each SAE is the one that is trained on a capture of its site."""
+def test_a_grid_over_sites(training_config: TrainConfig, tiny_run: Path, tiny_llama_folder: Path, tmp_path: Path):
+    """Each SAE is the one that is trained on a capture of its site, also straight from the model."""
     sites, model = ("L0.mlp_out", "L1.resid_post"), str(tiny_llama_folder)
     for name, captured in (("both", sites), ("one", sites[:1]), ("other", sites[1:])):
         capture.run(capture.CaptureConfig(tokens=tiny_run / "tokens", out=tmp_path / name, model=model, sites=captured))
     short = options.replaced(training_config, activations=tmp_path / "both", train_tokens=1280, batch_size=128)
-    grid = options.replaced(short, grid=(f"site={','.join(sites)}",), site=sites[0])
-    if live:
-        grid = options.replaced(grid, activations=None, model=model, tokens=tiny_run / "tokens")
-    train.train_all(grid)
+    stored = options.replaced(short, grid=(f"site={','.join(sites)}",), site=sites[0])
+    source = {"activations": None, "model": model, "tokens": tiny_run / "tokens"}
+    live = options.replaced(stored, out=tmp_path / "live", **source)
+    train.train_all(stored)
+    train.train_all(live)
     for site, name in zip(sites, ("one", "other"), strict=True):
         alone = options.replaced(short, activations=tmp_path / name, out=tmp_path / f"sae-{name}")
         train.run(alone)
         assert load_sae(alone.out).config.site == site
         for file in ("sae.safetensors", "sae.json", "history.jsonl"):
-            assert (grid.out / f"site={site}" / file).read_bytes() == (alone.out / file).read_bytes()
+            for grid in (stored, live):
+                assert (grid.out / f"site={site}" / file).read_bytes() == (alone.out / file).read_bytes()
 
 
 def test_a_grid_of_kinds_and_of_numbers_that_may_be_left_out(training_config: TrainConfig):
