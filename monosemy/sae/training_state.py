@@ -69,7 +69,7 @@ class Latents(NamedTuple):
 
 def initial_state(
     config: TrainConfig,
-    rows: list[Float[Tensor, "row d_model"]],
+    rows: list[Float[Tensor, "row _"]],
     latents: Latents,
     device: torch.device,
 ) -> TrainState:

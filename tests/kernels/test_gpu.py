@@ -195,6 +195,12 @@ def test_step_equals_reference(kind: str, monkeypatch):
     assert_trains_as_reference(small_case(**STEPS[kind]), 2 if kind in ("few dead", "free, weight decay") else 1)
 
 
+def test_a_step_without_an_active_latent_equals_the_reference(monkeypatch):
+    parameters = Case.parameters
+    monkeypatch.setattr(Case, "parameters", lambda case: (p := parameters(case))._replace(b_enc=p.b_enc - 100))
+    assert_trains_as_reference(small_case(rows=4), 1)
+
+
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=(pytest.mark.gpu, needs_gpu))])
 def test_the_copy_that_selects_follows_the_weights(precision):
     """(The interpreter does not round to bfloat16, and multiplies bfloat16 as if they were integers.)"""

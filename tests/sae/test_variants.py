@@ -112,7 +112,8 @@ def test_the_first_latents_of_a_matryoshka_reconstruct_by_themselves(config: Tra
 
 def test_a_larger_l1_makes_codes_sparser(config: TrainConfig, rows: torch.Tensor, tmp_path: Path):
     def mean_l0(l1: float) -> float:
-        return l0(trained(config, out=tmp_path / str(l1), activation="relu", l1=l1), rows).mean().item()
+        changes = {"activation": "relu", "l1": l1, "train_tokens": 5120}
+        return l0(trained(config, out=tmp_path / str(l1), **changes), rows).mean().item()
 
     found = [mean_l0(l1) for l1 in (0.1, 2.0)]
     assert found[1] < 0.5 * found[0]
