@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from monosemy.runtime import InputError
 
 
 def options(config: type) -> dict[str, dataclasses.Field]:
@@ -31,12 +33,18 @@ def values(config: Any) -> dict[str, Any]:
 
 
 def build(config: type, given: Mapping[str, Any]) -> Any:
-    """An instance of `config` from options by name; those that are not given have their defaults."""
+    """An instance of `config` from options by name; those that are not given have their defaults. Raises `TypeError`
+    for names that it does not have."""
+    unknown = given.keys() - options(config).keys()
+    if unknown:
+        raise TypeError(f"{config.__name__} has no option {', '.join(map(repr, sorted(unknown)))}")
     arguments = {}
     for field in dataclasses.fields(config):
         nested = _nested(config, field.name)
         if nested:
-            arguments[field.name] = build(nested, {name: given[name] for name in options(nested) if name in given})
+            defaults = {} if field.default is dataclasses.MISSING else values(field.default)
+            own = {name: given[name] for name in options(nested) if name in given}
+            arguments[field.name] = build(nested, defaults | own)
         elif field.name in given:
             arguments[field.name] = given[field.name]
     return config(**arguments)
@@ -45,6 +53,13 @@ def build(config: type, given: Mapping[str, Any]) -> Any:
 def replaced(config: Any, **changes: Any) -> Any:
     """`config` with some options changed, by name, wherever they are."""
     return build(type(config), values(config) | changes)
+
+
+def check_choices(config: Any) -> None:
+    """Raise `InputError` where an option of dataclass `config` is none of the words that it may be."""
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
+            raise InputError(f"{name} is {getattr(config, name)!r}; expected one of {', '.join(get_args(kind))}")
 
 
 @cache

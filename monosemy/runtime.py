@@ -127,14 +127,21 @@ def joined_ranks() -> Iterator[Ranks]:
     if count == 1:
         yield ALONE
         return
-    import torch.distributed
+    import torch
+    from torch import distributed
 
-    # What ranks tell each other here is small and lives on the CPU; one may compute for long before it answers.
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    patience = timedelta(days=7)  # one rank may compute for long before it answers
+    store, number, count = next(iter(distributed.rendezvous("env://")))  # pyright: ignore
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(count):
+        # torchrun keeps one store when it starts ranks again, and they must not find addresses of those that died
+        # (pytorch issue 135712). On several machines this count differs between them.
+        store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # pyright: ignore
+    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
     try:
-        yield Ranks(torch.distributed.get_rank(), count)
+        yield Ranks(number, count)
     finally:
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """Configs in configs: one flat list of options for people, and back."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 
@@ -73,3 +74,27 @@ def test_options_of_training_are_unique():
     parts = (TrainConfig, Variant, Optimizer, Watch)
     names = [name for part in parts for name in part.__annotations__ if name not in ("variant", "optimizer", "watch")]
     assert sorted(names) == sorted(options.options(TrainConfig))
+
+
+@dataclass(frozen=True)
+class Told:
+    kind: Literal["soft", "hard"] = "soft"
+    inner: Inner = Inner(11)
+
+
+def test_the_default_of_a_nested_config_counts():
+    assert options.build(Told, {}) == Told()
+    assert options.build(Told, {"place": "here"}).inner == Inner(11, "here")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(TypeError, match="TrainConfig has no option 'learning_rte'"):
+        options.build(TrainConfig, {"learning_rte": 1})
+    with pytest.raises(TypeError, match="Told has no option 'size2'"):
+        options.replaced(Told(), size2=1)
+
+
+def test_words_that_an_option_does_not_know_are_refused():
+    options.check_choices(Told())
+    with pytest.raises(InputError, match="kind is 'firm'; expected one of soft, hard"):
+        options.check_choices(Told("firm"))  # pyright: ignore

@@ -136,7 +136,7 @@ class SAE:
         for rows in centred.split(max(1, DENSE_ELEMENTS // self.config.n_latents)):
             pre = torch.addmm(self.parameters.b_enc, rows, self.parameters.W_enc.T)
             pre = torch.where(pre > threshold, pre, 0.0)
-            found = pre.topk(max(1, int((pre > 0).sum(dim=1).max())), dim=1)
+            found = pre.topk(max(1, int((pre > 0).sum(dim=1).amax()) if len(pre) else 1), dim=1)
             parts.append((found.values, torch.where(found.values > 0, found.indices, 0).int()))
         width = max((values.shape[1] for values, _ in parts), default=1)
         values, indices = (

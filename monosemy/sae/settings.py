@@ -63,6 +63,7 @@ class Variant:
     latents do not compete any more; `batch_topk` always does."""
 
     def __post_init__(self) -> None:
+        options.check_choices(self)
         if not 0 < self.encoder_scale < math.inf:
             raise InputError(f"encoder_scale is {self.encoder_scale}; expected a positive number")
         if not 0 <= self.l1 < math.inf:
@@ -116,6 +117,7 @@ class Optimizer:
     """Weight of the auxiliary loss; it moves dead latents only."""
 
     def __post_init__(self) -> None:
+        options.check_choices(self)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate is {self.learning_rate}; expected a positive number")
         for name in ("warmup", "decay", "final_share"):

@@ -288,6 +288,11 @@ class Training:
         fvu = kernels.fvu(parameters, rows, settings, workspace, target, self.exchange)
         self.facts["validation_fvu"] = fvu
         patience = self.config.watch.patience
+        if patience and not math.isfinite(fvu):
+            raise InputError(
+                f"{self.config.out}: the held-out FVU is {fvu} at step {step}, so patience has nothing to go by: "
+                "hold out more rows, or drop --patience"
+            )
         if fvu < self.validations.best:
             self.validations = Validations(fvu, step, 0)
             if patience and self.place.replica == 0:

@@ -49,8 +49,6 @@ def run_under_torchrun(config: TrainConfig, *program: str, restarts: int = 0) ->
             command += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     # As many threads as here: means and products differ with their number in the last bits.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    # Or ranks that are started again may find the addresses of those that died: pytorch/pytorch issue 135712.
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=150)
     assert done.returncode == 0, done.stderr
     return done.stderr

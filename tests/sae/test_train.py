@@ -383,3 +383,9 @@ def test_one_that_diverges_leaves_the_others_finished(training_config: TrainConf
     finished = train.train_all(config)  # goes on with the one that is missing
     assert finished[2].digest == alone.digest
     assert load_sae(config.out / "k=3").config.k == 3
+
+
+def test_patience_with_nothing_to_go_by(training_config: TrainConfig, monkeypatch):
+    monkeypatch.setattr(kernels, "fvu", lambda *_: float("nan"))
+    with pytest.raises(InputError, match="the held-out FVU is nan at step 4, so patience has nothing to go by"):
+        train.run(options.replaced(training_config, patience=2))
