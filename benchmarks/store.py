@@ -20,7 +20,7 @@ from monosemy.activations.store import open_activations
 from monosemy.activations.stream import Stream
 from monosemy.llm.sites import Site
 from monosemy.sae import train
-from monosemy.sae.autoencoder import load_sae
+from monosemy.sae.autoencoder import open_sae
 from monosemy.sae.evaluate import ReconstructionSums
 
 SITE = Site(24, "resid_post")
@@ -29,7 +29,7 @@ FORMATS = ("float32", "bfloat16", "int8")
 
 def fvu(sae_folder: Path, activations: Path) -> float:
     """Of the SAE on the held-out rows of `activations` that are no sinks."""
-    sae, source = load_sae(sae_folder), open_activations(activations)
+    sae, source = open_sae(sae_folder), open_activations(activations)
     sums = ReconstructionSums(sae)
     for number in range(source.n_shards):
         rows = source.shard(SITE, number).decoded()

@@ -36,9 +36,9 @@ TIMED = ("sparsify", "dictionary_learning", "saelens-bf16", "saelens")
 """What SCRIPT can time."""
 
 
-def train(rows: np.ndarray, held_out: torch.Tensor, learning_rate: float) -> dict[str, Any]:
+def train(rows: np.ndarray, held_out: torch.Tensor, learning_rate: float, n_latents: int = 8192) -> dict[str, Any]:
     """One run with monosemy's defaults but for the learning rate; seconds are without evaluation."""
-    shape = {"n_latents": 8192, "k": 32, "batch_size": BATCH, "train_tokens": STEPS * BATCH}
+    shape = {"n_latents": n_latents, "k": 32, "batch_size": BATCH, "train_tokens": STEPS * BATCH}
     config = options.build(TrainConfig, {"activations": Path(), "out": Path(), "learning_rate": learning_rate, **shape})
     start_rows = torch.from_numpy(np.array(rows[: 1 << 15]))
     state = initial_state(config, [start_rows], Latents(0, config.n_latents), torch.device("cpu"))

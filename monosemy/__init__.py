@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from monosemy.llm.sampling import SamplingSettings
     from monosemy.llm.sites import Site, Taps
     from monosemy.runtime import InputError
-    from monosemy.sae.autoencoder import SAE, load_sae
+    from monosemy.sae.autoencoder import SAE
+    from monosemy.sae.foreign import load_sae
     from monosemy.steer import Addition, steering
 
 try:
@@ -36,7 +37,7 @@ _HOMES = {
     "generate": "llm.generate",
     "generate_text": "llm.generate",
     "load_model": "llm.checkpoint",
-    "load_sae": "sae.autoencoder",
+    "load_sae": "sae.foreign",
     "open_activations": "activations.store",
     "open_index": "latents.record",
     "open_labels": "latents.labels",

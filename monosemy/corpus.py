@@ -45,7 +45,7 @@ ROWS: dict[Unit, str] = {"sentence": "sentences", "document": "rows", "context":
 
 @dataclass(frozen=True)
 class TokenizeConfig:
-    """What `tokenize` needs to know."""
+    """Documents become sentences, and sentences tokens."""
 
     model: str = unrecorded()
     """Whose tokenizer: `smollm2`, a folder, a .gguf file, or a Hub id such as org/name."""

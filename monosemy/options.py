@@ -7,6 +7,7 @@ manifests there are only options, by their own names, which are unique within a 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -55,11 +56,15 @@ def replaced(config: Any, **changes: Any) -> Any:
     return build(type(config), values(config) | changes)
 
 
-def check_choices(config: Any) -> None:
-    """Raise `InputError` where an option of dataclass `config` is none of the words that it may be."""
+def check_values(config: Any) -> None:
+    """Raise `InputError` where an option of dataclass `config` is none of the words that it may be, or no finite
+    number."""
     for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
-            raise InputError(f"{name} is {getattr(config, name)!r}; expected one of {', '.join(get_args(kind))}")
+        value = getattr(config, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise InputError(f"{name} is {value!r}; expected one of {', '.join(get_args(kind))}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name} is {value}; expected a finite number")
 
 
 @cache

@@ -22,7 +22,7 @@ from monosemy.latents.labels import Label, open_labels
 from monosemy.latents.record import Example, Index, open_index
 from monosemy.runtime import InputError, count, require
 from monosemy.sae.activity import read_intervals
-from monosemy.sae.autoencoder import load_sae
+from monosemy.sae.autoencoder import open_sae
 from monosemy.sae.evaluate import load_metrics, summary
 from monosemy.sae.settings import dead_after
 from monosemy.sae.tracking import read_history
@@ -129,7 +129,7 @@ def summary_rows(folder: Path) -> list[tuple[str, list[tuple[str, str]]]]:
         text = f"{rows['documents']} documents, {rows['sentences']:,} sentences, {rows['tokens']:,} tokens"
         sections.append(("text", [("read", text), ("held out", held_out)]))
     if _has(folder, "sae"):
-        sae = load_sae(folder / "sae").config
+        sae = open_sae(folder / "sae").config
         trained = read_manifest(folder / "sae", "sae").rows["tokens"]
         text = f"{sae.n_latents:,} latents, k = {sae.k}, at {sae.site} of {sae.model}"
         sections.append(("SAE", [("shape", text), ("trained on", f"{count(trained)} tokens")]))
@@ -234,7 +234,9 @@ def training_plot(sae: Path) -> str:
     columns = {name: np.array([line[name] for line in history]) for name in ("tokens", "fvu", "aux_loss")}
     validations = [(line["tokens"], line["validation_fvu"]) for line in read_history(sae) if "validation_fvu" in line]
     config = read_manifest(sae, "sae").config
-    intervals = read_intervals(sae, dead_after(config["dead_after_tokens"], config["train_tokens"]))
+    intervals = read_intervals(
+        sae, dead_after(config["dead_after_tokens"], config["train_tokens"], config["batch_size"])
+    )
     figure, (left, right) = _figure(2)
     left.plot(columns["tokens"], columns["fvu"], color="C0", label="FVU of the batch")
     if validations:

@@ -95,6 +95,6 @@ def test_unknown_names_are_refused():
 
 
 def test_words_that_an_option_does_not_know_are_refused():
-    options.check_choices(Told())
+    options.check_values(Told())
     with pytest.raises(InputError, match="kind is 'firm'; expected one of soft, hard"):
-        options.check_choices(Told("firm"))  # pyright: ignore
+        options.check_values(Told("firm"))  # pyright: ignore

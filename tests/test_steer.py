@@ -9,7 +9,7 @@ from monosemy.llm.generate import SamplingSettings, generate
 from monosemy.llm.llama import Llama
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import InputError
-from monosemy.sae.autoencoder import SAE, load_sae
+from monosemy.sae.autoencoder import SAE, open_sae
 from monosemy.steer import Addition, addition_edit, steering, vector_edit
 
 
@@ -19,7 +19,7 @@ def ones(hidden: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def sae(tiny_run: Path) -> SAE:
-    return load_sae(tiny_run / "sae")
+    return open_sae(tiny_run / "sae")
 
 
 def test_parse():

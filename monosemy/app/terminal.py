@@ -27,7 +27,7 @@ from monosemy.llm.model import LanguageModel
 from monosemy.llm.sampling import SamplingSettings
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import DtypeName, InputError, say
-from monosemy.sae.autoencoder import SAE, load_sae
+from monosemy.sae.autoencoder import SAE, open_sae
 from monosemy.sae.evaluate import check_fits
 from monosemy.steer import Addition, steering
 
@@ -133,7 +133,7 @@ class Writer:
 
     def __init__(self, config: GenerateConfig) -> None:
         self.config = config
-        self.sae = load_sae(config.sae) if config.sae is not None else None
+        self.sae = open_sae(config.sae) if config.sae is not None else None
         self.names = read_labels(config.labels, config.sae)
         self.taps: Taps | None = None
         if self.sae is not None and config.steer:

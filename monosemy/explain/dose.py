@@ -34,7 +34,7 @@ from monosemy.llm.model import LanguageModel, resolved
 from monosemy.llm.sampling import SamplingSettings
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import DtypeName, InputError, Progress, random_stream
-from monosemy.sae.autoencoder import SAE, load_sae
+from monosemy.sae.autoencoder import SAE, open_sae
 from monosemy.sae.evaluate import check_fits
 from monosemy.steer import vector_edit
 
@@ -171,7 +171,7 @@ class Choice:
 
 def run(config: DoseConfig) -> Manifest:
     """Make the dose artifact `config.out`."""
-    sae, index = load_sae(config.sae), open_index(config.index)
+    sae, index = open_sae(config.sae), open_index(config.index)
     labels = open_labels(config.labels, index.manifest.digest)
     if index.manifest.parents["sae"] != read_manifest(config.sae, "sae").digest:
         raise InputError(

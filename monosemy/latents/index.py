@@ -36,7 +36,7 @@ from monosemy.llm.model import LanguageModel, resolved
 from monosemy.llm.sites import Site
 from monosemy.llm.tokenizer import Tokenizer
 from monosemy.runtime import DtypeName, InputError, Progress, random_stream
-from monosemy.sae.autoencoder import SAE, load_sae
+from monosemy.sae.autoencoder import SAE, open_sae
 from monosemy.sae.evaluate import check_fits
 
 __all__ = ["Index", "IndexConfig", "LatentRecord", "open_index", "run"]
@@ -77,7 +77,7 @@ class IndexConfig:
 
 def run(config: IndexConfig) -> Manifest:
     """Make the index artifact `config.out`."""
-    sae = load_sae(config.sae)
+    sae = open_sae(config.sae)
     tokens = open_tokens(config.tokens)
     model = load_model(config.model, config.dtype)
     config = resolved(config, model)

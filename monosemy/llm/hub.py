@@ -43,7 +43,21 @@ def fetch(name: str, weights: bool = True) -> Path:
         _explain(name, repository, error)
 
 
-def _explain(name: str, repository: str, error: Exception) -> NoReturn:
+def fetch_files(name: str, repository: str, revision: str | None, patterns: list[str], what: str) -> Path:
+    """The folder of `repository` with those of its files that match `patterns`, downloaded unless the cache has them.
+
+    Raises:
+        InputError: as `fetch`; it calls the `what` called `name`.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # network errors of three libraries, without a common base
+        _explain(name, repository, error, what)
+
+
+def _explain(name: str, repository: str, error: Exception, what: str = "model") -> NoReturn:
     """Raise the `InputError` that says what to do about `error`."""
     from huggingface_hub import errors
 
@@ -55,7 +69,7 @@ def _explain(name: str, repository: str, error: Exception) -> NoReturn:
             )
         case errors.RepositoryNotFoundError():
             remedy = (
-                "is no file or folder here, nor a public model on the Hub: check the spelling, or, if it is private, "
+                "is no file or folder here, nor public on the Hub: check the spelling, or, if it is private, "
                 "run `hf auth login`"
             )
         case errors.RevisionNotFoundError():
@@ -76,4 +90,4 @@ def _explain(name: str, repository: str, error: Exception) -> NoReturn:
             remedy = (
                 f"could not be fetched from the Hub ({type(error).__name__}: {reason}): try again, or give a folder"
             )
-    raise InputError(f"model {name!r} {remedy}") from error
+    raise InputError(f"{what} {name!r} {remedy}") from error

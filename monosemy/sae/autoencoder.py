@@ -6,12 +6,14 @@ where x is a row normalised to mean 0 and standard deviation 1 over its own elem
 deep layers comparable with the rest (reference: Gao et al. 2024, arXiv 2406.04093). Latents stay sparse everywhere:
 `SparseCode` holds, per row, the k values and which latents they belong to.
 
-Instead of the k largest, a latent may be active where it exceeds one threshold (`jumprelu`: Rajamanoharan et al. 2024,
-arXiv 2407.14435; a global threshold after training is that of He et al. 2024, arXiv 2410.20526) or where it is positive
-(`relu`). A transcoder reconstructs another site: it has a bias `b_dec` of its own, and maybe a linear path `W_skip`.
+Instead of the k largest, a latent may be active where it exceeds its threshold (`jumprelu`: Rajamanoharan et al. 2024,
+arXiv 2407.14435; one threshold for all, found after training, is that of He et al. 2024, arXiv 2410.20526) or where it
+is positive (`relu`). A transcoder reconstructs another site: it has a bias `b_dec` of its own, and maybe a linear path
+`W_skip`.
 
-Whatever it was trained with, a saved SAE has decoder directions of norm 1, and its input is normalised per token or not
-at all: other norms and scales are folded into the weights.
+Whatever it was trained with, an SAE of ours has decoder directions of norm 1, and its input is normalised per token or
+not at all: other norms and scales are folded into the weights. One that another library trained keeps its own norms
+(`readers`).
 
 On disk: `sae.safetensors` with the tensors, `sae.json` with the config.
 """
@@ -32,12 +34,12 @@ from monosemy import kernels
 from monosemy.artifact import read_manifest, read_tensors, to_json, write_tensors, write_text
 from monosemy.runtime import InputError
 
-Normalization = Literal["token", "none"]
+Normalization = Literal["token", "constant_norm", "none"]
 
 DENSE_ELEMENTS = 1 << 24
 """Dense pre-activations that are held at once."""
 
-EPSILON = 1e-6
+EPSILON = 1e-5
 """Added to a row's standard deviation, so that a constant row is not divided by 0."""
 
 
@@ -50,19 +52,18 @@ class SAEConfig:
     n_latents: int
     """Number of latents."""
     k: int
-    """Latents that may be active on a row."""
+    """Latents that may be active on a row; with thresholds, on a row on average, or all where that is not known."""
     site: str
     """Where in the model the activations were read, for example L24.resid_post."""
     model: str
     """Name of the model."""
     normalize: Normalization = "token"
-    """`token`: every row to mean 0 and standard deviation 1; `none`: as it is."""
+    """`token`: every row to mean 0 and standard deviation 1; `constant_norm`: to the norm sqrt(d_model); `none`: as it
+    is."""
     sink_norm: float | None = None
     """Rows of a larger norm are attention sinks, left out of training; None if none were."""
     activation: Literal["topk", "jumprelu", "relu"] = "topk"
-    """Which positive latents are active: the k largest of a row, those above `threshold`, or all."""
-    threshold: float = 0.0
-    """What an activation must exceed, with `jumprelu`; k latents of a row do, on average over training rows."""
+    """Which positive latents are active: the k largest of a row, those above their threshold, or all."""
     target_site: str | None = None
     """The site that a transcoder reconstructs from the rows at `site`; None: `site` itself."""
 
@@ -91,20 +92,38 @@ class SparseCode(NamedTuple):
     scale: Float[Tensor, "row 1"]
     """its standard deviation, both removed before encoding and put back by `decode`."""
 
+    def dense(self, n_latents: int) -> Float[Tensor, "row latent"]:
+        """All activations, zeros included."""
+        out = torch.zeros(len(self.values), n_latents)
+        return out.scatter_add_(1, self.indices.long(), self.values)  # an unused slot adds 0 to latent 0
+
 
 class SAE:
     """A trained sparse autoencoder. Rows are raw activations of the model; it normalises them itself."""
 
-    def __init__(self, config: SAEConfig, parameters: kernels.Parameters) -> None:
+    def __init__(
+        self, config: SAEConfig, parameters: kernels.Parameters, threshold: Float[Tensor, " latent"] | None = None
+    ) -> None:
+        """`threshold`: with `jumprelu`, what the activation of each latent must exceed; at least 0."""
+        self.config, self.parameters, self.threshold = config, parameters, threshold
         shape = (config.n_latents, config.d_model)
-        for name, expected in (("W_enc", shape), ("W_dec", shape), ("b_enc", shape[:1]), ("b_pre", shape[1:])):
-            found = tuple(getattr(parameters, name).shape)
-            if found != expected:
+        expected = {"W_enc": shape, "W_dec": shape, "b_enc": shape[:1], "b_pre": shape[1:], "b_dec": shape[1:]}
+        expected |= {"W_skip": (config.d_model, config.d_model), "threshold": shape[:1]}
+        for name, tensor in self.named().items():
+            if tuple(tensor.shape) != expected[name]:
                 raise InputError(
-                    f"{name} has shape {found}; expected {expected} for {shape[0]} latents of width {shape[1]}"
+                    f"{name} has shape {tuple(tensor.shape)}; expected {expected[name]} for {shape[0]} latents of "
+                    f"width {shape[1]}"
                 )
-        self.config = config
-        self.parameters = parameters
+        if (threshold is None) != (config.activation != "jumprelu"):
+            raise InputError(
+                f"activation is {config.activation}, and there are {'no ' if threshold is None else ''}thresholds: "
+                "jumprelu needs one for each latent, and nothing else has any"
+            )
+
+    def named(self) -> dict[str, Tensor]:
+        """Name -> tensor of all that there are."""
+        return self.parameters.named() | ({} if self.threshold is None else {"threshold": self.threshold})
 
     @property
     def W_dec(self) -> Float[Tensor, "latent d_model"]:
@@ -131,7 +150,7 @@ class SAE:
 
     def _above_threshold(self, centred: Float[Tensor, "row d_model"]) -> kernels.TopK:
         """All activations above the threshold, in as many slots as the fullest row needs."""
-        threshold = self.config.threshold if self.config.activation == "jumprelu" else 0.0
+        threshold = 0.0 if self.threshold is None else self.threshold
         parts = []
         for rows in centred.split(max(1, DENSE_ELEMENTS // self.config.n_latents)):
             pre = torch.addmm(self.parameters.b_enc, rows, self.parameters.W_enc.T)
@@ -180,7 +199,8 @@ class SAE:
             if n_candidates == self.config.n_latents or bool((values.min(dim=1).values < threshold).all()):
                 break
             n_candidates = min(2 * n_candidates, self.config.n_latents)
-        return SAE(dataclasses.replace(self.config, activation="jumprelu", threshold=threshold), self.parameters)
+        thresholds = torch.full((self.config.n_latents,), threshold)
+        return SAE(dataclasses.replace(self.config, activation="jumprelu"), self.parameters, thresholds)
 
     def is_sink(self, x: Float[Tensor, "row d_model"]) -> Bool[Tensor, " row"]:
         """Which of the raw rows `x` are attention sinks, unknown to this SAE."""
@@ -200,30 +220,46 @@ class SAE:
 
     def save(self, folder: Path) -> None:
         """Write `sae.safetensors` and `sae.json` into `folder`."""
-        write_tensors(folder / "sae.safetensors", self.parameters.named())
+        write_tensors(folder / "sae.safetensors", self.named())
         write_text(folder / "sae.json", to_json(self.config))
 
 
 def normalize_rows(
     x: Float[Tensor, "row d_model"], how: Normalization
 ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row 1"], Float[Tensor, "row 1"]]:
-    """(rows, centers, scales) with x = rows * scales + centers, in float32."""
+    """(rows, centers, scales) with x = rows * scales + centers, up to `EPSILON`, in float32.
+
+    `token` is layer normalisation as Gao et al. (2024) and SAELens have it: x - mean over standard deviation + 1e-5,
+    the variance being a sum over d_model - 1.
+    """
     x = x.float()
-    if how == "none":
-        return x, torch.zeros(len(x), 1, device=x.device), torch.ones(len(x), 1, device=x.device)
-    center = x.mean(dim=1, keepdim=True)
-    centred = x - center
-    scale = centred.square().mean(dim=1, keepdim=True).sqrt() + EPSILON
-    return centred / scale, center, scale
+    zeros = torch.zeros(len(x), 1, device=x.device)
+    match how:
+        case "none":
+            return x, zeros, torch.ones_like(zeros)
+        case "constant_norm":
+            scale = x.norm(dim=1, keepdim=True) / math.sqrt(x.shape[1])
+            return x / scale.clamp(min=EPSILON), zeros, scale
+        case "token":
+            center = x.mean(dim=1, keepdim=True)
+            centred = x - center
+            scale = (centred.square().sum(dim=1, keepdim=True) / max(x.shape[1] - 1, 1)).sqrt()
+            return centred / (scale + EPSILON), center, scale
 
 
-def load_sae(path: Path | str, verify: bool = False) -> SAE:
-    """The SAE in the artifact folder `path`, ready to encode and decode. Raises `InputError` if it is none."""
+def open_sae(path: Path | str, verify: bool = False) -> SAE:
+    """The SAE in the artifact folder `path`, ready to encode and decode. Raises `InputError` if it is none.
+    (`foreign.load_sae` also reads those of other libraries, and the Hub.)"""
     folder = Path(path)
     read_manifest(folder, "sae", verify)
-    config = SAEConfig(**json.loads((folder / "sae.json").read_text(encoding="utf-8")))
+    content = json.loads((folder / "sae.json").read_text(encoding="utf-8"))
+    known = {field.name for field in dataclasses.fields(SAEConfig)}
+    if unknown := sorted(set(content) - known):
+        raise InputError(f"{folder / 'sae.json'} has {', '.join(unknown)}, unknown to this monosemy: train it again")
     tensors = read_tensors(folder / "sae.safetensors")
-    return SAE(config, kernels.Parameters(*(tensors.get(name) for name in kernels.Parameters._fields)))  # pyright: ignore
+    threshold = tensors.pop("threshold", None)
+    parameters = kernels.Parameters(*(tensors.get(name) for name in kernels.Parameters._fields))  # pyright: ignore
+    return SAE(SAEConfig(**content), parameters, threshold)
 
 
 def folded(parameters: kernels.Parameters, input_scale: float = 1.0, output_scale: float = 1.0) -> kernels.Parameters:

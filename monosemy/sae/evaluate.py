@@ -28,7 +28,7 @@ from monosemy.llm.checkpoint import load_model
 from monosemy.llm.model import LanguageModel, check_sites, resolved
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import DtypeName, InputError, Progress, random_stream
-from monosemy.sae.autoencoder import SAE, SparseCode, load_sae
+from monosemy.sae.autoencoder import EPSILON, SAE, SparseCode, open_sae
 
 METRICS = "metrics.json"
 
@@ -104,7 +104,7 @@ class Metrics:
 
 def run(config: EvaluateConfig) -> Manifest:
     """Make the metrics artifact `config.out`."""
-    sae = load_sae(config.sae)
+    sae = open_sae(config.sae)
     tokens = open_tokens(config.tokens)
     model = load_model(config.model, config.dtype)
     config = resolved(config, model)
@@ -201,7 +201,8 @@ class ReconstructionSums:
         wanted = (rows if wanted is None else wanted).float()
         reconstruction = self.sae.decode(code, rows)
         self.raw.add(wanted, reconstruction - wanted)
-        self.normalized.add((wanted - code.center) / code.scale, (reconstruction - wanted) / code.scale)
+        scale = code.scale.clamp(min=EPSILON)
+        self.normalized.add((wanted - code.center) / scale, (reconstruction - wanted) / scale)
         self.cosine += torch.cosine_similarity(wanted, reconstruction).double().sum().item()
         self.fired += torch.bincount(code.indices[code.values > 0].long(), minlength=len(self.fired))
 

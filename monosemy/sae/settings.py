@@ -23,8 +23,9 @@ RULE_LEARNING_RATE, RULE_LATENTS = 3e-3, 8192
 HIGHEST_LEARNING_RATE = 4e-3
 """The measured rule of `learning_rate`: the best rate at so many latents; docs/log.md has the runs."""
 
-DEAD_SHARE, DEAD_AT_MOST = 0.02, 10_000_000
-"""The rule of `dead_after_tokens`: this share of the run's rows, and at most so many (Gao et al. 2024)."""
+DEAD_SHARE, DEAD_AT_MOST, DEAD_BATCHES = 0.02, 10_000_000, 10
+"""The rule of `dead_after_tokens`: this share of the run's rows, and at most so many (Gao et al. 2024); but not fewer
+than so many batches, or latents that fire in every other batch would count as dead in a short run."""
 
 SHARED = ("out", "activations", "model", "tokens", "train_tokens", "batch_size", "data_seed", "device", "grid")
 """Options that a grid cannot vary: its SAEs see the same batches."""
@@ -60,14 +61,16 @@ class Variant:
     """Norm of an encoder row at the start; its decoder direction has norm 1."""
     jumprelu: bool = False
     """At the end, replace the choice of the k largest by one threshold that keeps k on average (JumpReLU), so that
-    latents do not compete any more; `batch_topk` always does."""
+    latents do not compete any more; `batch_topk` always does. The FVUs of history.jsonl are without it."""
 
     def __post_init__(self) -> None:
-        options.check_choices(self)
-        if not 0 < self.encoder_scale < math.inf:
+        options.check_values(self)
+        if self.encoder_scale <= 0:
             raise InputError(f"encoder_scale is {self.encoder_scale}; expected a positive number")
-        if not 0 <= self.l1 < math.inf:
+        if self.l1 < 0:
             raise InputError(f"l1 is {self.l1}; expected 0 or more")
+        if not self.l1 and self.activation == "relu":
+            raise InputError("with --activation relu nothing but --l1 keeps latents few: give it, for example --l1 0.3")
         if self.l1 and self.activation != "relu":
             raise InputError(f"l1 is {self.l1}, but only --activation relu has that penalty: drop one of them")
         if self.activation == "relu" and self.jumprelu:
@@ -108,17 +111,19 @@ class Optimizer:
     weight_decay: float = 0.0
     """AdamW: weights shrink by learning rate x this at every step."""
     ema: float = 0.0
-    """Keep an average of the weights with this memory, for example 0.999, and save it instead; 0: do not."""
+    """Keep an average of the weights with this memory, for example 0.999, and save it instead; 0: do not. The memory
+    grows to it, as (1 + step) / (10 + step), so that nothing of the initial weights is left."""
     dead_after_tokens: int | None = None
-    """Rows without firing after which a latent counts as dead; not given: 2% of the run's rows, at most 10 million."""
+    """Rows without firing after which a latent counts as dead; not given: 2% of the run's rows, from 10
+    batches to 10 million."""
     k_aux: int = 256
     """Dead latents that may reconstruct the residual of a row; 0 turns the auxiliary loss off."""
     aux_weight: float = 1.0
     """Weight of the auxiliary loss; it moves dead latents only."""
 
     def __post_init__(self) -> None:
-        options.check_choices(self)
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+        options.check_values(self)
+        if self.learning_rate is not None and self.learning_rate <= 0:
             raise InputError(f"learning_rate is {self.learning_rate}; expected a positive number")
         for name in ("warmup", "decay", "final_share"):
             if not 0 <= getattr(self, name) <= 1:
@@ -245,7 +250,7 @@ class TrainConfig:
     @property
     def dead_after(self) -> int:
         """Rows without firing after which a latent counts as dead."""
-        return dead_after(self.optimizer.dead_after_tokens, self.train_tokens)
+        return dead_after(self.optimizer.dead_after_tokens, self.train_tokens, self.batch_size)
 
     def learning_rate(self, step: int) -> float:
         """The rate of step `step`, from 1: a linear rise, a plateau, a fall that ends just above its last share."""
@@ -267,6 +272,10 @@ class TrainConfig:
         if not start or step - 1 >= falling:
             return self.k
         return round(start + (self.k - start) * (step - 1) / falling)
+
+    def memory(self, step: int) -> float:
+        """Share of the averaged weights that is kept at step `step`, from 1."""
+        return min(self.optimizer.ema, (1 + step) / (10 + step))
 
     def step_settings(self, step: int) -> StepSettings:
         """What the kernels are told at step `step`, from 1."""
@@ -331,6 +340,6 @@ def _value(name: str, kind: Any, text: str) -> Any:
         raise InputError(f"--grid {name}: {text!r} is not a value of that option") from None
 
 
-def dead_after(given: int | None, train_tokens: int) -> int:
+def dead_after(given: int | None, train_tokens: int, batch_size: int) -> int:
     """`dead_after_tokens`, or what the rule makes of a run of `train_tokens` rows."""
-    return given or max(1, min(DEAD_AT_MOST, round(DEAD_SHARE * train_tokens)))
+    return given or max(DEAD_BATCHES * batch_size, min(DEAD_AT_MOST, round(DEAD_SHARE * train_tokens)))

@@ -174,6 +174,8 @@ class _Feeds:
         source = self.source
         site = source.only_site(config.site) if isinstance(source, Activations) else Site.parse(str(config.site))
         target = config.variant.target_site
+        if target is not None and Site.parse(target) == site:
+            raise InputError(f"target_site is {target}, the site itself: a transcoder needs another, or drop it")
         if target is not None and isinstance(source, Activations):
             source.only_site(target)
         key = (site, target, config.variant.normalize, config.watch.validation_rows)
@@ -246,14 +248,15 @@ class Training:
         state.fired.add_(result.counts)
         if state.average is not None:
             for name, tensor in state.average.named().items():
-                tensor.lerp_(getattr(state.parameters, name), 1 - config.optimizer.ema)
+                tensor.lerp_(getattr(state.parameters, name), 1 - config.memory(step))
         self.done, self.ended = step, step == config.n_steps
         held_out = {"validation_fvu": self._validate(step)} if step in self.validated and self.feed.held_out else {}
         figures: dict[str, Any] = {}
         if step % config.watch.log_every == 0 or self.ended:
             n_dead = int(exchange.sum_shards(dead.sum()))
             figures = {"loss": result.loss, "fvu": result.fvu, "aux_loss": result.aux_loss, "l0": result.l0}
-            figures |= {"dead": n_dead, "learning_rate": rate, "k": settings.k}
+            figures |= {"dead": n_dead, "learning_rate": rate}
+            figures |= {} if config.variant.activation == "relu" else {"k": settings.k}
             self.facts |= {"loss": result.loss, "fvu": result.fvu, "dead": n_dead}
         if (figures or held_out) and self.tracker is not None:
             self.tracker.log({"step": step, "tokens": seen} | figures | held_out)
@@ -283,6 +286,7 @@ class Training:
         assert held_out is not None
         rows, target = held_out[0], held_out[1] if len(held_out) > 1 else None
         settings, parameters, workspace = self.config.step_settings(step), self._result, self.workspace
+        settings = replace(settings, k=self.config.k)  # what is saved has that many, however far k has fallen yet
         if self.state.average is not None:  # its directions have other norms than 1, which are folded at the end
             settings, workspace = replace(settings, decoder="free"), kernels.make_workspace(parameters)
         fvu = kernels.fvu(parameters, rows, settings, workspace, target, self.exchange)
@@ -333,6 +337,11 @@ class Training:
         self.ranks.wait()
         if self.tracker is not None:
             self.tracker.close()
+            if (fvu := self.facts.get("validation_fvu", 0.0)) > 1:
+                say(
+                    f"{config.out}: the held-out FVU is {fvu:.3g}, worse than the mean of all rows: this SAE is of no "
+                    f"use; try a learning rate below {config.peak_learning_rate:g}"
+                )
             self._sae(collect_parameters(path, "best")).save(path)
             activity.collect(path, 1 + self._interval(self.done))
             for checkpoint in path.glob("checkpoint-*"):
@@ -347,7 +356,7 @@ class Training:
         sae_config = SAEConfig(
             d_model=feed.source.d_model,
             n_latents=config.n_latents,
-            k=config.k,
+            k=config.n_latents if variant.activation == "relu" else config.k,
             site=str(feed.site),
             model=feed.source.model_name,
             normalize="token" if variant.normalize == "token" else "none",

@@ -11,7 +11,7 @@ from monosemy.explain.dose import DoseConfig, Trial, choose_dose, distinct_pairs
 from monosemy.latents.labels import Label
 from monosemy.llm.llama import Llama
 from monosemy.runtime import InputError
-from monosemy.sae.autoencoder import load_sae
+from monosemy.sae.autoencoder import open_sae
 
 
 def make_trial(latent: int, fraction: float, **fields) -> Trial:
@@ -68,7 +68,7 @@ def test_output_score_is_what_a_full_pass_gives(tiny_run: Path, tiny_llama: Llam
     """The layers below the site are shared between latents; the result must not know."""
     from monosemy.steer import Addition, steering
 
-    sae = load_sae(tiny_run / "sae")
+    sae = open_sae(tiny_run / "sae")
     each = Candidate(7, "x", ("peace",), 30.0)
     prompts = ("The people of state", "We")
     p, q = [], []

@@ -16,7 +16,7 @@ from monosemy.latents.logit_effect import logit_effects
 from monosemy.llm.llama import Llama, RMSNorm
 from monosemy.llm.sites import Site
 from monosemy.runtime import InputError
-from monosemy.sae.autoencoder import load_sae
+from monosemy.sae.autoencoder import open_sae
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def opened(config: IndexConfig) -> index.Index:
 def dense(config: IndexConfig) -> dict[int, np.ndarray]:
     """Per sentence the activations (token, latent)."""
     assert config.activations is not None
-    sae, stored = load_sae(config.sae), store.open_activations(config.activations)
+    sae, stored = open_sae(config.sae), store.open_activations(config.activations)
     sentences = {}
     for shard in range(stored.n_shards):
         table, rows = stored.table(shard), stored.shard(Site.parse(sae.config.site), shard).rows

@@ -121,7 +121,7 @@ def http_error(kind: Any, status: int) -> Exception:
             http_error(errors.GatedRepoError, 403),
             "accept it at https://huggingface.co/org/name and run `hf auth login`",
         ),
-        (http_error(errors.RepositoryNotFoundError, 404), "nor a public model on the Hub: check the spelling"),
+        (http_error(errors.RepositoryNotFoundError, 404), "nor public on the Hub: check the spelling"),
         (http_error(errors.RevisionNotFoundError, 404), "org/name has no such revision"),
         (http_error(errors.RemoteEntryNotFoundError, 404), "org/name has no such file"),
         (http_error(errors.HfHubHTTPError, 401), "run `hf auth login` with a token that may read it"),

@@ -461,7 +461,7 @@ def test_from_text_to_steering(gpt2_folder: Path, tmp_path: Path):
     from monosemy.activations.store import open_activations
     from monosemy.latents import index
     from monosemy.sae import evaluate, train
-    from monosemy.sae.autoencoder import load_sae
+    from monosemy.sae.autoencoder import open_sae
     from monosemy.steer import Addition, steering
 
     model, site = str(gpt2_folder), Site(1, "resid_mid")
@@ -498,7 +498,7 @@ def test_from_text_to_steering(gpt2_folder: Path, tmp_path: Path):
             sae=paths["sae"], tokens=paths["tokens"], out=paths["index"], model=model, dtype="float32", n_examples=3
         )
     )
-    decoder, sae = load_model(model, "float32"), load_sae(paths["sae"])
+    decoder, sae = load_model(model, "float32"), open_sae(paths["sae"])
     assert isinstance(decoder, HuggingFaceModel)
 
     shard, table = (

@@ -13,7 +13,7 @@ from monosemy.activations.store import open_activations
 from monosemy.activations.stream import Stream
 from monosemy.runtime import InputError
 from monosemy.sae import train
-from monosemy.sae.autoencoder import folded, load_sae, normalize_rows
+from monosemy.sae.autoencoder import folded, normalize_rows, open_sae
 from monosemy.sae.settings import TrainConfig
 from monosemy.sae.tracking import read_history
 
@@ -118,8 +118,8 @@ def test_rules_of_rate_and_of_dead_latents(training_config: TrainConfig):
     assert options.replaced(training_config, n_latents=100).peak_learning_rate == pytest.approx(4e-3)
     assert options.replaced(training_config, learning_rate=0.5).peak_learning_rate == 0.5
     assert training_config.dead_after == 2000
-    assert options.replaced(training_config, dead_after_tokens=None).dead_after == 200
-    assert options.replaced(training_config, dead_after_tokens=None, train_tokens=10**12).dead_after == 10**7
+    for train_tokens, rows in ((10_000, 2560), (200_000, 4000), (10**12, 10**7)):  # 10 batches, 2%, 10 million
+        assert options.replaced(training_config, dead_after_tokens=None, train_tokens=train_tokens).dead_after == rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,11 +133,14 @@ def test_rules_of_rate_and_of_dead_latents(training_config: TrainConfig):
         ({"k": 65}, "k is 65, but there are only 64 latents"),
         ({"n_latents": 0}, "n_latents is 0; expected at least 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a positive number"),
-        ({"learning_rate": math.nan}, "learning_rate is nan; expected a positive number"),
+        ({"learning_rate": math.nan}, "learning_rate is nan; expected a finite number"),
         ({"warmup": 1.5}, r"warmup is 1.5; expected a share, 0 to 1"),
         ({"final_share": -0.5}, r"final_share is -0.5; expected a share, 0 to 1"),
         ({"beta2": 1.0}, r"beta2 is 1.0; expected 0 to 1, below 1"),
         ({"ema": 1.0}, r"ema is 1.0; expected 0 to 1, below 1"),
+        ({"epsilon": math.nan}, "epsilon is nan; expected a finite number"),
+        ({"weight_decay": math.inf}, "weight_decay is inf; expected a finite number"),
+        ({"aux_weight": math.nan}, "aux_weight is nan; expected a finite number"),
         ({"epsilon": 0.0}, "epsilon is 0.0 and weight_decay 0.0; expected above 0, and 0 or more"),
         ({"train_tokens": 100}, "less than one batch of 256"),
         ({"k_aux": -1}, "k_aux is -1 and aux_weight 1.0; expected 0 or more"),
@@ -150,7 +153,11 @@ def test_rules_of_rate_and_of_dead_latents(training_config: TrainConfig):
         ({"prefixes": (0, 4)}, r"prefixes are \(0, 4\); expected ascending sizes below the 64 latents"),
         ({"l1": 0.1}, "l1 is 0.1, but only --activation relu has that penalty: drop one of them"),
         ({"l1": -0.1, "activation": "relu"}, "l1 is -0.1; expected 0 or more"),
-        ({"activation": "relu", "jumprelu": True}, "relu has no k that a threshold could keep: drop --jumprelu"),
+        ({"activation": "relu"}, "nothing but --l1 keeps latents few: give it"),
+        (
+            {"activation": "relu", "l1": 0.1, "jumprelu": True},
+            "relu has no k that a threshold could keep: drop --jumprelu",
+        ),
         ({"encoder_scale": 0.0}, "encoder_scale is 0.0; expected a positive number"),
         ({"anneal": 2.0}, "anneal is 2.0; expected a share of the steps, 0 to 1"),
         ({"skip": True}, "--skip is a transcoder's path around the latents: give --target-site too"),
@@ -164,6 +171,38 @@ def test_rules_of_rate_and_of_dead_latents(training_config: TrainConfig):
 def test_bad_training_options(training_config: TrainConfig, changes: dict, message: str):
     with pytest.raises(InputError, match=message):
         options.replaced(training_config, **changes)
+
+
+def test_a_target_that_is_the_site_itself_is_refused(training_config: TrainConfig):
+    with pytest.raises(InputError, match="target_site is L1R, the site itself: a transcoder needs another"):
+        train.run(options.replaced(training_config, target_site="L1R", normalize="none"))
+
+
+def test_validation_is_at_the_final_k(training_config: TrainConfig):
+    """While k falls, held-out rows are measured as what is saved would treat them."""
+    falling = options.replaced(training_config, decoder="free", start_k=64, anneal=1.0, validations=2)
+    train.run(falling)
+    history = [line for line in read_history(falling.out) if "validation_fvu" in line]
+    assert history[-1]["validation_fvu"] < history[0]["validation_fvu"]
+    assert history[0]["validation_fvu"] > history[0].get("fvu", 0.0)  # of many latents, not of k
+
+
+def test_an_average_holds_nothing_of_the_initial_weights(training_config: TrainConfig):
+    plain, averaged = training_config, options.replaced(training_config, ema=0.999, out=training_config.out / "ema")
+    figures = []
+    for config in (plain, averaged):
+        train.run(config)
+        figures.append([line["validation_fvu"] for line in read_history(config.out) if "validation_fvu" in line][-1])
+    assert figures[1] < 1.3 * figures[0]
+    assert averaged.memory(1) == pytest.approx(2 / 11)
+    assert averaged.memory(10**6) == 0.999
+
+
+def test_a_training_that_diverged_says_so(training_config: TrainConfig, capsys: pytest.CaptureFixture[str]):
+    train.run(options.replaced(training_config, learning_rate=1e4))
+    assert (
+        "worse than the mean of all rows: this SAE is of no use; try a learning rate below" in capsys.readouterr().err
+    )
 
 
 def test_a_site_that_was_not_captured_is_refused(training_config: TrainConfig):
@@ -219,7 +258,7 @@ def test_validation_is_what_the_saved_sae_does_on_held_out_rows(training_config:
     [site] = activations.sites
     rows = Stream(activations, site, 1, 0, validation=True, window_rows=300).first_rows(300)[0]
     assert 200 < len(rows) <= 300
-    sae = load_sae(config.out)
+    sae = open_sae(config.out)
     normalized, center, scale = normalize_rows(rows, "token")
     error = (sae(rows) - center) / scale - normalized
     fvu = error.square().sum() / (normalized - normalized.mean(dim=0)).square().sum()
@@ -264,7 +303,7 @@ def test_patience_stops_and_keeps_the_best_weights(training_config: TrainConfig,
         rows = Stream(activations, activations.sites[0], 256, 0).first_rows(1 << 15)[0]
         scale = 32**0.5 / rows.norm(dim=1).mean().item()
     for name, tensor in folded(after[12], scale, scale).named().items():
-        torch.testing.assert_close(getattr(load_sae(config.out).parameters, name), tensor, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(getattr(open_sae(config.out).parameters, name), tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_a_grid_of_runs_that_stop_early(training_config: TrainConfig, monkeypatch, capsys):
@@ -321,7 +360,7 @@ def test_a_grid_over_sites(training_config: TrainConfig, tiny_run: Path, tiny_ll
     for site, name in zip(sites, ("one", "other"), strict=True):
         alone = options.replaced(short, activations=tmp_path / name, out=tmp_path / f"sae-{name}")
         train.run(alone)
-        assert load_sae(alone.out).config.site == site
+        assert open_sae(alone.out).config.site == site
         for file in ("sae.safetensors", "sae.json", "history.jsonl"):
             for grid in (stored, live):
                 assert (grid.out / f"site={site}" / file).read_bytes() == (alone.out / file).read_bytes()
@@ -382,7 +421,7 @@ def test_one_that_diverges_leaves_the_others_finished(training_config: TrainConf
     assert sorted(path.name for path in config.out.iterdir()) == ["k=2", "k=3.partial", "k=4"]
     finished = train.train_all(config)  # goes on with the one that is missing
     assert finished[2].digest == alone.digest
-    assert load_sae(config.out / "k=3").config.k == 3
+    assert open_sae(config.out / "k=3").config.k == 3
 
 
 def test_patience_with_nothing_to_go_by(training_config: TrainConfig, monkeypatch):

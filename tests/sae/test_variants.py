@@ -1,5 +1,6 @@
 """Every kind of dictionary is trained for real, and the saved SAE is what was trained."""
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from monosemy.llm.llama import Llama
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import InputError
 from monosemy.sae import evaluate, train
-from monosemy.sae.autoencoder import SAE, SAEConfig, folded, load_sae
+from monosemy.sae.autoencoder import SAE, SAEConfig, folded, open_sae
 from monosemy.sae.settings import TrainConfig
 from monosemy.sae.tracking import read_history
 from monosemy.sae.training_state import Latents, geometric_median, initial_state
@@ -42,7 +43,7 @@ def rows(tiny_run: Path) -> torch.Tensor:
 def trained(config: TrainConfig, **changes) -> SAE:
     config = options.replaced(config, **changes)
     train.run(config)
-    return load_sae(config.out)
+    return open_sae(config.out)
 
 
 def fraction_unexplained(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -134,7 +135,8 @@ def test_the_threshold_keeps_k_on_average(rows: torch.Tensor, k: int):
     sae = SAE(SAEConfig(32, 64, k, str(SITE), "tiny", normalize="none"), parameters).to_jumprelu(x)
     pre = x @ W_enc.T + parameters.b_enc
     assert l0(sae, x).mean() == pytest.approx(min(k, (pre > 0).double().sum(dim=1).mean().item()), rel=0.02)
-    assert torch.equal(dense(sae, x) > 0, pre > sae.config.threshold)
+    assert sae.threshold is not None
+    assert torch.equal(dense(sae, x) > 0, pre > sae.threshold)
 
 
 def test_the_threshold_of_a_training(config: TrainConfig, rows: torch.Tensor):
@@ -146,7 +148,10 @@ def test_the_threshold_of_a_training(config: TrainConfig, rows: torch.Tensor):
     assert l0(jump, rows).mean() == pytest.approx(4, rel=0.02)
     by_hand = topk.to_jumprelu(rows)
     assert by_hand.config == jump.config
-    assert 0 < jump.config.threshold < math.inf
+    assert jump.threshold is not None
+    assert bool((jump.threshold > 0).all())
+    assert by_hand.threshold is not None
+    assert torch.equal(jump.threshold, by_hand.threshold)
 
 
 def test_latents_of_a_jumprelu_do_not_compete(config: TrainConfig, rows: torch.Tensor):
@@ -157,7 +162,7 @@ def test_latents_of_a_jumprelu_do_not_compete(config: TrainConfig, rows: torch.T
     def first_ten(sae: SAE) -> SAE:
         of = sae.parameters
         fewer = of._replace(W_enc=of.W_enc[:10], b_enc=of.b_enc[:10], W_dec=of.W_dec[:10])
-        return SAE(replace(sae.config, n_latents=10), fewer)
+        return SAE(replace(sae.config, n_latents=10), fewer, None if sae.threshold is None else sae.threshold[:10])
 
     torch.testing.assert_close(dense(jump, rows)[:, :10], dense(first_ten(jump), rows), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(dense(topk, rows)[:, :10], dense(first_ten(topk), rows), atol=1e-3)
@@ -175,7 +180,7 @@ def test_codes_of_any_width_encode_and_decode_in_parts(config: TrainConfig, rows
 
 
 def test_no_rows_have_no_code(tiny_run: Path, rows: torch.Tensor):
-    sae = load_sae(tiny_run / "sae")
+    sae = open_sae(tiny_run / "sae")
     assert sae.encode(rows[:0]).values.shape == (0, 4)
     assert len(sae.to_jumprelu(rows).encode(rows[:0]).values) == 0
 
@@ -215,14 +220,15 @@ def test_normalising_by_data_set_is_training_on_rows_scaled_by_hand(config: Trai
 
 
 def test_the_average_is_what_is_saved(config: TrainConfig, monkeypatch):
-    train_step, average = kernels.train_step, {}
+    train_step, average, steps = kernels.train_step, {}, itertools.count(1)
 
     def record(parameters, *rest):
         if not average:
             average.update(parameters.map(torch.clone).named())
-        result = train_step(parameters, *rest)
+        result, step = train_step(parameters, *rest), next(steps)
+        kept = min(0.9, (1 + step) / (10 + step))
         for name, tensor in parameters.named().items():
-            average[name] = 0.9 * average[name] + 0.1 * tensor
+            average[name] = kept * average[name] + (1 - kept) * tensor
         return result
 
     monkeypatch.setattr(kernels, "train_step", record)
