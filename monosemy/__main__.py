@@ -34,6 +34,7 @@ COMMANDS = {
     "features": Command("latents.query", "FeaturesConfig", "run", "search and show latents"),
     "steer-sweep": Command("explain.dose", "DoseConfig", "run_and_print", "strength of steering -> effect and fluency"),
     "generate": Command("app.terminal", "GenerateConfig", "run", "steered completion or chat, in the terminal"),
+    "convert": Command("sae.convert", "ConvertConfig", "run", "SAEs of other libraries, in and out"),
     "verify": Command("verify", "VerifyConfig", "run", "check every byte of an artifact"),
 }
 

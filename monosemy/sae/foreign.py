@@ -198,9 +198,12 @@ def _read_gemma_scope(file: Path) -> SAE:
 def read_pickle(file: Path) -> dict[str, Any]:
     """The dictionary in a `.pt` file. Raises `InputError` if it is none, or would have to run code to be read."""
     import pickle
+    import warnings
 
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a kind of pickle that torch does not write itself
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{file.name} is a pickle that wants to run code, or is damaged, and was not read: save its tensors alone, "

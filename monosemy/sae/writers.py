@@ -23,7 +23,7 @@ from monosemy.sae.autoencoder import SAE
 ForeignFormat = Literal["saelens", "sparsify", "dictionary_learning"]
 
 
-def write_foreign(sae: SAE, folder: Path, form: ForeignFormat) -> None:
+def write_foreign(sae: SAE, folder: Path, form: str) -> None:
     """Write `sae` into the new folder `folder`, whole or not at all.
 
     Raises:
