@@ -108,8 +108,8 @@ def test_llama_scope_r1_distill_is_read(tmp_path: Path):
 
 SCOPIUM_TENSORS = {"W_E": W_ENC.T, "b_E": B_ENC, "W_D": W_DEC, "b_D": B_DEC}
 SCOPIUM_CONFIG = {
-    "sae_type": "sae", "d_model": WIDTH, "expansion_factor": 2.5, "use_decoder_bias": True, "act_fn": "topk", "top_k": K,
-    "norm_activation": "inference", "sparsity_include_decoder_norm": True,
+    "sae_type": "sae", "d_model": WIDTH, "expansion_factor": 2.5, "use_decoder_bias": True, "act_fn": "topk",
+    "top_k": K, "norm_activation": "inference", "sparsity_include_decoder_norm": True,
     "hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.3.hook_resid_post",
 }  # fmt: skip
 
@@ -300,7 +300,7 @@ def test_bad_files_of_sparsify(tmp_path: Path, config: dict[str, Any], message: 
         ({"dict_class": "BatchTopKSAE", "k": K}, "the threshold of this BatchTopKSAE was never set"),
         (
             {"dict_class": "AutoEncoderTopK", "k": K, "dict_size": 9},
-            "the config has dict_size 9, but the tensors have 40",
+            "the config has dict_size 9, but the tensors",
         ),
         ({"dict_class": "AutoEncoderTopK", "k": 5}, "the config has k 5, but the tensors have 4"),
     ],
