@@ -1,36 +1,49 @@
 """How much of the activations does an SAE explain, and how much of the model's behaviour survives it?
 
 1. Held-out sentences go through the model up to the SAE's site; rows are reconstructed and compared.
-2. On some of them the model runs on, five times: with its own activations, with the reconstruction in their place, and
-   with zeros, the latter two once everywhere and once sparing the attention sinks.
-3. Sums are exact over the whole set (no mean of batch means), in float64 and in one pass.
+2. On some of them the model runs on, with other rows at the site: its own, the reconstruction, zeros, and the mean row;
+   the latter three once everywhere and once sparing the attention sinks.
+3. On request, the same on text of another kind than the SAE was trained on: longer contexts, and chat messages.
 
-FVU = sum |x - x_hat|^2 / sum |x - mean(x)|^2 over raw rows; explained variance = 1 - FVU.
-Loss recovered = (zero - reconstructed) / (zero - original) of the next-token cross-entropies.
-Every figure comes twice, over all rows and without sinks: see `activations.store` for what a sink is.
+Sums are exact over the whole set (`metrics`), docs/metrics.md has the formulas. Figures come twice, over all rows and
+without sinks: see `activations.store` for what a sink is.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from monosemy.activations.capture import PackedBatch, check_tokenizer, length_batches
-from monosemy.activations.store import Moments
 from monosemy.artifact import Draft, Manifest, read_manifest, to_json, unrecorded, write_text
 from monosemy.corpus import TokenFile, open_tokens
 from monosemy.llm.checkpoint import load_model
 from monosemy.llm.model import LanguageModel, check_sites, resolved
 from monosemy.llm.sites import Site, Taps
 from monosemy.runtime import DtypeName, InputError, Progress, random_stream
-from monosemy.sae.autoencoder import EPSILON, SAE, SparseCode, open_sae
+from monosemy.sae.autoencoder import SAE, SparseCode, open_sae
+from monosemy.sae.metrics import (
+    MOST_GROUPS,
+    Behaviour,
+    BehaviourSums,
+    Interval,
+    PositionFigures,
+    PositionSums,
+    Reconstruction,
+    ReconstructionSums,
+)
+from monosemy.sae.texts import chat_messages, contexts
 
 METRICS = "metrics.json"
+BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -38,57 +51,43 @@ class EvaluateConfig:
     """Measure an SAE on held-out text."""
 
     sae: Path = unrecorded()
-    """SAE, made by `monosemy train`."""
+    """SAE, made by `monosemy train` or `monosemy convert`."""
     tokens: Path = unrecorded()
-    """Token file; its validation documents are used."""
+    """Token file."""
     out: Path = unrecorded()
     """Folder for the metrics."""
     model: str = unrecorded("smollm2")
     """The model the SAE was trained on."""
     dtype: DtypeName = "auto"
     """Arithmetic of the model; `auto` is bfloat16 where the processor multiplies it, or else float32."""
+    split: Literal["validation", "all"] = "validation"
+    """Which documents: those held out, or all, for text that the SAE was not trained on anyway."""
     max_tokens: int = 50_000
-    """Held-out tokens to reconstruct, at most."""
+    """Tokens to reconstruct, at most."""
     loss_tokens: int = 8192
     """Of these, tokens on which the model's cross-entropies are measured, at most."""
+    context_lengths: tuple[int, ...] = ()
+    """Measure again on contexts of exactly so many tokens, cut from whole documents; for example 64 256 1024."""
+    chat: bool = False
+    """Measure again on the sentences as a user's messages, in the model's chat template."""
     seed: int = 0
-    """Seed of the choice of sentences."""
+    """Seed of the choice of sentences, and of the intervals."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "loss_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if any(length < 2 for length in self.context_lengths):
+            raise InputError(f"context_lengths are {self.context_lengths}; expected at least 2 tokens each")
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """How well rows are reconstructed."""
+class Beyond(NamedTuple):
+    """Text of another kind, without sinks."""
 
-    rows: int
-    fvu: float
-    explained_variance: float
-    fvu_normalized: float
-    """FVU of the normalised rows, the space in which the SAE is trained."""
-    cosine: float
-    """Mean cosine between row and reconstruction."""
-    l0: float
-    """Mean number of active latents."""
-    dead: float
-    """Share of latents that never fired on these rows."""
-    dense_1_percent: float
-    """Share of latents that fired on more than 1% of them."""
-    dense_10_percent: float
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """Next-token cross-entropy of the model, nats per token."""
-
-    tokens: int
-    original: float
-    reconstructed: float
-    zero_ablated: float
-    loss_recovered: float
+    name: str
+    """For example `context of 256` or `chat`."""
+    reconstruction: Reconstruction
+    behaviour: Behaviour
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,9 @@ class Metrics:
     behaviour_without_sinks: Behaviour
     """Sinks keep their own activation; predictions made at sinks are not counted."""
     behaviour_with_sinks: Behaviour
+    by_position: list[PositionFigures]
+    """Without sinks."""
+    beyond: list[Beyond]
 
 
 def run(config: EvaluateConfig) -> Manifest:
@@ -125,16 +127,26 @@ def run(config: EvaluateConfig) -> Manifest:
 
 def load_metrics(path: Path) -> Metrics:
     """The metrics in the artifact folder `path`."""
-    import json
-
     read_manifest(path, "metrics")
     content = json.loads((path / METRICS).read_text(encoding="utf-8"))
     return Metrics(
-        without_sinks=Reconstruction(**content["without_sinks"]),
-        with_sinks=Reconstruction(**content["with_sinks"]),
-        behaviour_without_sinks=Behaviour(**content["behaviour_without_sinks"]),
-        behaviour_with_sinks=Behaviour(**content["behaviour_with_sinks"]),
+        without_sinks=_typed(Reconstruction, content["without_sinks"]),
+        with_sinks=_typed(Reconstruction, content["with_sinks"]),
+        behaviour_without_sinks=_typed(Behaviour, content["behaviour_without_sinks"]),
+        behaviour_with_sinks=_typed(Behaviour, content["behaviour_with_sinks"]),
+        by_position=[PositionFigures(*figures) for figures in content["by_position"]],
+        beyond=[
+            Beyond(name, _typed(Reconstruction, found), _typed(Behaviour, losses))
+            for name, found, losses in content["beyond"]
+        ],
     )
+
+
+def _typed(kind: type, content: dict[str, Any]) -> Any:
+    """The dataclass `kind` with tuples where JSON has lists."""
+    intervals = {name: tuple(bounds) for name, bounds in content["intervals"].items()}
+    lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
+    return kind(**content | lists | {"intervals": intervals})
 
 
 def check_fits(sae: SAE, model: LanguageModel) -> None:
@@ -147,138 +159,175 @@ def check_fits(sae: SAE, model: LanguageModel) -> None:
         )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @torch.inference_mode()
 def evaluate(sae: SAE, model: LanguageModel, tokens: TokenFile, config: EvaluateConfig) -> Metrics:
-    """All metrics of `sae` on the validation documents of `tokens`."""
-    sentences = _validation_sentences(tokens, config)
-    without, every = ReconstructionSums(sae), ReconstructionSums(sae)
-    losses = LossSums(sae, model)
-    loss_sentences = _first_sentences(tokens, sentences, config.loss_tokens)
-    total = int(tokens.lengths[sentences].sum())
-    with Progress("evaluate", total, "token") as progress:
-        for measured, part in ((True, loss_sentences), (False, sentences[len(loss_sentences) :])):
-            for batch in length_batches(tokens, part, batch_tokens=1024):
-                rows, wanted = losses.add(batch) if measured else losses.rows_at_sites(batch)
-                code = sae.encode(rows)
-                sink = sae.is_sink(rows)
-                every.add(rows, code, wanted)
-                without.add(rows[~sink], SparseCode(*(field[~sink] for field in code)), wanted[~sink])
-                progress.advance(int(batch.lengths.sum()))
+    """All metrics of `sae` on the chosen documents of `tokens`."""
+    sentences = _chosen_sentences(tokens, config)
+    found = measure(sae, model, tokens, sentences, config, "evaluate")
+    beyond = []
+    for name, other in _other_texts(tokens, model, sentences, config):
+        order = _first_sentences(other, np.arange(other.n_sentences), config.max_tokens)
+        of = measure(sae, model, other, order, config, f"evaluate, {name}")
+        beyond.append(Beyond(name, of.without_sinks, of.behaviour_without_sinks))
+    return replace(found, beyond=beyond)
+
+
+def measure(
+    sae: SAE, model: LanguageModel, tokens: TokenFile, sentences: np.ndarray, config: EvaluateConfig, title: str
+) -> Metrics:
+    """The metrics of `sae` on `sentences` of `tokens`, of which the first are for the cross-entropies."""
+    documents, number = np.unique(tokens.document.numpy()[sentences], return_inverse=True)
+    n_groups = min(len(documents), MOST_GROUPS)
+    group_of = dict(zip(sentences.tolist(), (number % n_groups).tolist(), strict=True))
+    without, every = (ReconstructionSums(sae, n_groups, config.seed) for _ in range(2))
+    losses_without, losses = (BehaviourSums(n_groups, config.seed) for _ in range(2))
+    positions, patched = PositionSums(sae), PatchedModel(sae, model)
+    measured = _first_sentences(tokens, sentences, config.loss_tokens)
+
+    def add(batch: PackedBatch, rows: Tensor, wanted: Tensor) -> Tensor:
+        """Count the rows of a batch; returns the group of each."""
+        code, sink, lengths = sae.encode(rows), sae.is_sink(rows), batch.lengths
+        group = torch.repeat_interleave(torch.tensor([group_of[int(n)] for n in batch.sentences]), lengths)
+        position = torch.cat([torch.arange(int(length)) for length in lengths])
+        every.add(rows, code, wanted, group)
+        spared = SparseCode(*(part[~sink] for part in code))
+        without.add(rows[~sink], spared, wanted[~sink], group[~sink])
+        positions.add(rows[~sink], spared, wanted[~sink], position[~sink])
+        return group
+
+    with Progress(title, int(tokens.lengths[sentences].sum()), "token") as progress:
+        for batch in length_batches(tokens, sentences[len(measured) :], BATCH_TOKENS):
+            add(batch, *patched.rows_at_sites(batch))
+            progress.advance(int(batch.lengths.sum()))
+        mean = _mean_row(without, patched, tokens, measured)
+        for batch in length_batches(tokens, measured, BATCH_TOKENS):
+            rows, wanted, runs = patched.run(batch, mean)
+            group = add(batch, rows, wanted)[runs.predicts]
+            losses.add(runs.losses, runs.divergences, group)
+            kept = ~sae.is_sink(rows)[runs.predicts]
+            spared, of = ({name: part[kept] for name, part in found.items()} for found in runs.sparing)
+            losses_without.add(spared, of, group[kept])
+            progress.advance(int(batch.lengths.sum()))
     return Metrics(
         without_sinks=without.result(),
         with_sinks=every.result(),
-        behaviour_without_sinks=losses.result(sparing_sinks=True),
-        behaviour_with_sinks=losses.result(sparing_sinks=False),
+        behaviour_without_sinks=losses_without.result(),
+        behaviour_with_sinks=losses.result(),
+        by_position=positions.result(),
+        beyond=[],
     )
 
 
-def _validation_sentences(tokens: TokenFile, config: EvaluateConfig) -> np.ndarray:
-    held_out = tokens.validation.nonzero().squeeze(1).numpy()
-    if len(held_out) == 0:
-        raise InputError("the token file has no validation documents: tokenize with --validation-fraction above 0")
-    return _first_sentences(tokens, random_stream(config.seed).permutation(held_out), config.max_tokens)
+def _mean_row(
+    without: ReconstructionSums, patched: PatchedModel, tokens: TokenFile, measured: np.ndarray
+) -> Float[Tensor, " d_model"]:
+    """The mean of what is reconstructed, sinks left out: of the rows seen so far, or else of those to come."""
+    sums = without.raw
+    total, n = sums.total.sum(dim=0), sums.sums[:, 0].sum()
+    if n == 0:
+        for batch in length_batches(tokens, measured, BATCH_TOKENS):
+            rows, wanted = patched.rows_at_sites(batch)
+            kept = wanted[~patched.sae.is_sink(rows)].double()
+            total, n = total + kept.sum(dim=0), n + len(kept)
+    return (total / n.clamp(min=1)).float()
+
+
+def _chosen_sentences(tokens: TokenFile, config: EvaluateConfig) -> np.ndarray:
+    chosen = np.arange(tokens.n_sentences)
+    if config.split == "validation":
+        chosen = tokens.validation.nonzero().squeeze(1).numpy()
+    if len(chosen) == 0:
+        raise InputError(
+            "the token file has no validation documents: tokenize with --validation-fraction above 0, or give --split "
+            "all if the SAE was trained on other text"
+        )
+    return _first_sentences(tokens, random_stream(config.seed).permutation(chosen), config.max_tokens)
 
 
 def _first_sentences(tokens: TokenFile, sentences: np.ndarray, max_tokens: int) -> np.ndarray:
     return sentences[: max(1, int((tokens.lengths[sentences].cumsum(0) <= max_tokens).sum()))]
 
 
-class ReconstructionSums:
-    """Running sums behind `Reconstruction`."""
-
-    def __init__(self, sae: SAE) -> None:
-        self.sae = sae
-        self.raw, self.normalized = VarianceSums(sae.config.d_model), VarianceSums(sae.config.d_model)
-        self.fired = torch.zeros(sae.config.n_latents, dtype=torch.int64)
-        self.cosine = 0.0
-
-    def add(
-        self, rows: Float[Tensor, "row d_model"], code: SparseCode, wanted: Float[Tensor, "row d_model"] | None = None
-    ) -> None:
-        """`wanted`: what is to be reconstructed from `rows`; None: themselves."""
-        if len(rows) == 0:
-            return
-        wanted = (rows if wanted is None else wanted).float()
-        reconstruction = self.sae.decode(code, rows)
-        self.raw.add(wanted, reconstruction - wanted)
-        scale = code.scale.clamp(min=EPSILON)
-        self.normalized.add((wanted - code.center) / scale, (reconstruction - wanted) / scale)
-        self.cosine += torch.cosine_similarity(wanted, reconstruction).double().sum().item()
-        self.fired += torch.bincount(code.indices[code.values > 0].long(), minlength=len(self.fired))
-
-    def result(self) -> Reconstruction:
-        n = self.raw.moments.count
-        if n == 0:
-            raise InputError("no row is left to evaluate: every held-out row is an attention sink")
-        frequency = self.fired.double() / n
-        return Reconstruction(
-            rows=n,
-            fvu=self.raw.fvu,
-            explained_variance=1 - self.raw.fvu,
-            fvu_normalized=self.normalized.fvu,
-            cosine=self.cosine / n,
-            l0=frequency.sum().item(),
-            dead=(self.fired == 0).double().mean().item(),
-            dense_1_percent=(frequency > 0.01).double().mean().item(),
-            dense_10_percent=(frequency > 0.1).double().mean().item(),
-        )
+# ---------------------------------------------------------------------------------------------------------------------
+# Text of another kind
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-class VarianceSums:
-    """Total variance of rows about their mean, and total squared error, both exact over all rows seen."""
-
-    def __init__(self, width: int) -> None:
-        self.moments = Moments.of(torch.zeros(0, width))
-        self.error = 0.0
-
-    def add(self, rows: Tensor, error: Tensor) -> None:
-        self.moments = self.moments.merge(Moments.of(rows))
-        self.error += error.double().square().sum().item()
-
-    @property
-    def fvu(self) -> float:
-        return self.error / self.moments.deviations if self.moments.deviations > 0 else float("nan")
+def _other_texts(
+    tokens: TokenFile, model: LanguageModel, sentences: np.ndarray, config: EvaluateConfig
+) -> Iterator[tuple[str, TokenFile]]:
+    """Names of the texts that were asked for, and the texts."""
+    most = model.config.context_length
+    for length in config.context_lengths:
+        if length > most:
+            raise InputError(f"context_lengths holds {length}; {model.name} reads at most {most} tokens")
+        yield f"context of {length:,}", contexts(tokens, length, config.split, config.seed)
+    if config.chat:
+        yield "chat", chat_messages(tokens, model, sentences)
 
 
-class LossSums:
-    """Cross-entropies of the model with the rows at the SAE's site left, reconstructed, or set to zero."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The model with other rows
+# ---------------------------------------------------------------------------------------------------------------------
 
-    VARIANTS = ("original", "reconstructed", "zero", "reconstructed_sparing", "zero_sparing")
+
+class Runs(NamedTuple):
+    """Predictions of one batch, with everything replaced, and sparing the sinks."""
+
+    predicts: Bool[Tensor, " row"]
+    """Rows that a token follows."""
+    losses: dict[str, Float[Tensor, " prediction"]]
+    """Cross-entropies by what is at the site: `original`, `reconstructed`, `zero`, `mean`."""
+    divergences: dict[str, Float[Tensor, " prediction"]]
+    """KL divergences from the original prediction, of `reconstructed` and `zero`."""
+    sparing: tuple[dict[str, Tensor], dict[str, Tensor]]
+    """Both, where sinks keep their own row."""
+
+
+class PatchedModel:
+    """The model, with its rows at the SAE's site left, reconstructed, or replaced by a constant."""
 
     def __init__(self, sae: SAE, model: LanguageModel) -> None:
         self.sae, self.model = sae, model
         self.site, self.output_site = Site.parse(sae.config.site), Site.parse(sae.config.output_site)
-        self.every: dict[str, float] = dict.fromkeys(self.VARIANTS, 0.0)
-        self.sparing: dict[str, float] = dict.fromkeys(self.VARIANTS, 0.0)
-        self.n_every = self.n_sparing = 0
 
     def rows_at_sites(self, batch: PackedBatch) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row d_model"]]:
         """The rows at the SAE's site, and those that it is to reconstruct."""
         return self._read(self._before_site(batch), batch)
 
-    def add(self, batch: PackedBatch) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row d_model"]]:
-        """Measure every variant on `batch`, and give its rows as `rows_at_sites` does."""
+    def run(
+        self, batch: PackedBatch, mean: Float[Tensor, " d_model"]
+    ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row d_model"], Runs]:
+        """The rows as `rows_at_sites` gives them, and what the model predicts with each replacement."""
         before = self._before_site(batch)
         rows, wanted = self._read(before, batch)
         sink = self.sae.is_sink(rows)
-        reconstruction = self.sae(rows).to(rows.dtype)
+        replacements = {
+            "reconstructed": self.sae(rows).to(wanted.dtype),
+            "zero": torch.zeros_like(wanted),
+            "mean": mean.to(wanted.dtype).expand_as(wanted),
+        }
         predicts = torch.ones(len(rows), dtype=torch.bool)
         predicts[batch.lengths.cumsum(0) - 1] = False  # nothing follows the last token of a sentence
-        counted = ~sink[predicts]
-        replacements = {
-            "original": wanted,
-            "reconstructed": reconstruction,
-            "zero": torch.zeros_like(wanted),
-            "reconstructed_sparing": torch.where(sink[:, None], wanted, reconstruction),
-            "zero_sparing": torch.where(sink[:, None], wanted, 0.0),
-        }
-        for name, replacement in replacements.items():
-            loss = self._loss(before, replacement, batch, predicts).double()
-            self.every[name] += loss.sum().item()
-            self.sparing[name] += loss[counted].sum().item()
-        self.n_every += int(predicts.sum())
-        self.n_sparing += int(counted.sum())
-        return rows, wanted
+        targets = batch.ids[0, 1:][predicts[:-1]]
+        original = self._log_probabilities(before, wanted, batch, predicts)
+
+        def predictions(spared: Bool[Tensor, " row"]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            losses, divergences = {"original": _at(original, targets)}, {}
+            for name, replacement in replacements.items():
+                patched = torch.where(spared[:, None], wanted, replacement)
+                found = self._log_probabilities(before, patched, batch, predicts)
+                losses[name] = _at(found, targets)
+                divergences[name] = (original.exp() * (original - found)).sum(dim=1)
+            return losses, divergences
+
+        everywhere = predictions(torch.zeros_like(sink))
+        return rows, wanted, Runs(predicts, *everywhere, predictions(sink) if sink.any() else everywhere)
 
     @property
     def _first_layer(self) -> int:
@@ -292,52 +341,78 @@ class LossSums:
         self.model.run_layers(before, start=self._first_layer, end=last + 1, taps=taps, lengths=batch.lengths)
         return taps.values[self.site][0], taps.values[self.output_site][0]
 
-    def _loss(self, before: Tensor, rows: Tensor, batch: PackedBatch, predicts: Tensor) -> Float[Tensor, " prediction"]:
-        """The cross-entropy of every next token, with `rows` in place of those at the output site."""
+    def _log_probabilities(
+        self, before: Tensor, rows: Tensor, batch: PackedBatch, predicts: Tensor
+    ) -> Float[Tensor, "prediction vocabulary"]:
+        """Of every next token, with `rows` in place of those at the output site."""
         taps = Taps(edits={self.output_site: lambda *_: rows[None]})
         hidden = self.model.run_layers(before, start=self._first_layer, taps=taps, lengths=batch.lengths)
-        logits = self.model.unembed(hidden[:, predicts])[0]
-        targets = batch.ids[0, 1:][predicts[:-1]]
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-
-    def result(self, sparing_sinks: bool) -> Behaviour:
-        sums, n = (self.sparing, self.n_sparing) if sparing_sinks else (self.every, self.n_every)
-        if n == 0:
-            raise InputError("no held-out sentence has two tokens, so nothing is predicted: give more text")
-        suffix = "_sparing" if sparing_sinks else ""
-        original, zero = sums["original"] / n, sums["zero" + suffix] / n
-        reconstructed = sums["reconstructed" + suffix] / n
-        return Behaviour(n, original, reconstructed, zero, loss_recovered(original, reconstructed, zero))
+        return self.model.unembed(hidden[:, predicts])[0].log_softmax(dim=-1)
 
 
-def loss_recovered(original: float, reconstructed: float, ablated: float) -> float:
-    """The share of the damage done by ablation that the reconstruction avoids; 1 is perfect, NaN if there was none."""
-    return (ablated - reconstructed) / (ablated - original) if ablated != original else float("nan")
+def _at(
+    log_probabilities: Float[Tensor, "prediction vocabulary"], targets: Int[Tensor, " prediction"]
+) -> Float[Tensor, " prediction"]:
+    """Cross-entropies."""
+    return -log_probabilities.gather(1, targets[:, None])[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For people
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHOWN = {
+    "FVU": ("fvu", ".3f"), "explained variance": ("explained_variance", ".3f"),
+    "FVU of normalised rows": ("fvu_normalized", ".3f"), "mean squared error": ("mse", ".4g"),
+    "cosine": ("cosine", ".3f"), "norm ratio": ("norm_ratio", ".3f"),
+    "relative reconstruction bias": ("relative_bias", ".3f"), "L0": ("l0", ".1f"), "dead latents": ("dead", ".2%"),
+    "dense latents (> 1%)": ("dense_1_percent", ".2%"), "dense latents (> 10%)": ("dense_10_percent", ".2%"),
+    "cross-entropy, original": ("original", ".3f"), "cross-entropy, reconstructed": ("reconstructed", ".3f"),
+    "cross-entropy, zero-ablated": ("zero_ablated", ".3f"), "cross-entropy, mean-ablated": ("mean_ablated", ".3f"),
+    "loss recovered": ("loss_recovered", ".3f"), "loss recovered, against the mean": ("loss_recovered_mean", ".3f"),
+    "delta LM loss": ("delta_loss", ".3f"), "KL divergence": ("kl", ".3f"), "rows": ("rows", ",d"),
+}  # fmt: skip
 
 
 def summary(metrics: Metrics) -> list[tuple[str, str, str]]:
-    """Rows (name, without sinks, with sinks) for people."""
-    a, b = asdict(metrics.without_sinks), asdict(metrics.with_sinks)
-    a |= asdict(metrics.behaviour_without_sinks)
-    b |= asdict(metrics.behaviour_with_sinks)
-    shown = {
-        "FVU": ("fvu", ".3f"), "explained variance": ("explained_variance", ".3f"),
-        "FVU of normalised rows": ("fvu_normalized", ".3f"), "L0": ("l0", ".1f"), "dead latents": ("dead", ".2%"),
-        "dense latents (> 1%)": ("dense_1_percent", ".2%"), "dense latents (> 10%)": ("dense_10_percent", ".2%"),
-        "cross-entropy, original": ("original", ".3f"), "cross-entropy, reconstructed": ("reconstructed", ".3f"),
-        "cross-entropy, zero-ablated": ("zero_ablated", ".3f"), "loss recovered": ("loss_recovered", ".3f"),
-        "rows": ("rows", ",d"),
-    }  # fmt: skip
-    return [(title, format(a[name], how), format(b[name], how)) for title, (name, how) in shown.items()]
+    """Rows (name, without sinks, with sinks) for people; intervals are of 95%."""
+    pairs = (
+        (metrics.without_sinks, metrics.behaviour_without_sinks),
+        (metrics.with_sinks, metrics.behaviour_with_sinks),
+    )
+    a, b = (asdict(found) | asdict(losses) for found, losses in pairs)
+    bounds_a, bounds_b = (found.intervals | losses.intervals for found, losses in pairs)
+    return [
+        (title, _shown(a[name], bounds_a.get(name), how), _shown(b[name], bounds_b.get(name), how))
+        for title, (name, how) in SHOWN.items()
+    ]
+
+
+def _shown(value: float, bounds: Interval | None, how: str) -> str:
+    return format(value, how) if bounds is None else f"{value:{how}} ({bounds[0]:{how}} to {bounds[1]:{how}})"
 
 
 def run_and_print(config: EvaluateConfig) -> None:
-    """What the command does: make the metrics and show them as a table."""
+    """What the command does: make the metrics and show them as tables."""
     from rich.console import Console
     from rich.table import Table
 
     run(config)
+    metrics, console = load_metrics(config.out), Console()
     table = Table("metric", "without sinks", "with sinks", title=str(config.out / METRICS))
-    for row in summary(load_metrics(config.out)):
+    for row in summary(metrics):
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)
+    positions = Table("position", "rows", "FVU", "cosine", "L0", title="by position in the sentence, without sinks")
+    for of in metrics.by_position:
+        place = str(of.first) if of.first == of.last else f"{of.first}-{of.last}"
+        positions.add_row(place, f"{of.rows:,}", f"{of.fvu:.3f}", f"{of.cosine:.3f}", f"{of.l0:.1f}")
+    console.print(positions)
+    if metrics.beyond:
+        columns = ("text", "rows", "FVU", "L0", "loss recovered", "delta LM loss")
+        beyond, first = Table(*columns, title="text of another kind, without sinks"), metrics
+        as_trained = Beyond("sentences", first.without_sinks, first.behaviour_without_sinks)
+        for name, of, losses in [as_trained, *metrics.beyond]:
+            figures = (f"{of.rows:,}", f"{of.fvu:.3f}", f"{of.l0:.1f}", f"{losses.loss_recovered:.3f}")
+            beyond.add_row(name, *figures, f"{losses.delta_loss:.3f}")
+        console.print(beyond)
