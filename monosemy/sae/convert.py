@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,8 +11,7 @@ from tyro.conf import Positional
 from monosemy.artifact import Draft, unrecorded
 from monosemy.llm.sites import Site
 from monosemy.runtime import say
-from monosemy.sae.autoencoder import SAE
-from monosemy.sae.foreign import load_sae
+from monosemy.sae.foreign import fingerprint, load_sae
 from monosemy.sae.writers import write_foreign
 
 
@@ -42,7 +40,7 @@ def run(config: ConvertConfig) -> None:
     """Write `config.out`. Raises `InputError` if the source cannot be read, or the format cannot express it."""
     sae = load_sae(config.source, config.site, config.model)
     if config.to == "monosemy":
-        with Draft(config.out, "sae", config, {"source": _fingerprint(sae)}) as draft:
+        with Draft(config.out, "sae", config, {"source": fingerprint(sae)}) as draft:
             if not draft.complete:
                 sae.save(draft.path)
                 draft.commit({"latents": sae.config.n_latents})
@@ -54,12 +52,3 @@ def run(config: ConvertConfig) -> None:
     say(f"{config.out}: {of.n_latents:,} latents of width {of.d_model}, {which}, at {where} of {of.model}")
     if of.site == "unknown" or of.model == "unknown":
         say("the files do not say which model or site it is of: give --model and --site, so that other commands know")
-
-
-def _fingerprint(sae: SAE) -> str:
-    """Identifies the weights."""
-    found = hashlib.sha256()
-    for name, tensor in sae.named().items():
-        found.update(name.encode())
-        found.update(tensor.contiguous().numpy().tobytes())
-    return found.hexdigest()

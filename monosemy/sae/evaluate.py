@@ -167,7 +167,7 @@ def check_fits(sae: SAE, model: LanguageModel) -> None:
 @torch.inference_mode()
 def evaluate(sae: SAE, model: LanguageModel, tokens: TokenFile, config: EvaluateConfig) -> Metrics:
     """All metrics of `sae` on the chosen documents of `tokens`."""
-    sentences = _chosen_sentences(tokens, config)
+    sentences = choose_sentences(tokens, config)
     found = measure(sae, model, tokens, sentences, config, "evaluate")
     beyond = []
     for name, other in _other_texts(tokens, model, sentences, config):
@@ -237,7 +237,8 @@ def _mean_row(
     return (total / n.clamp(min=1)).float()
 
 
-def _chosen_sentences(tokens: TokenFile, config: EvaluateConfig) -> np.ndarray:
+def choose_sentences(tokens: TokenFile, config: EvaluateConfig) -> np.ndarray:
+    """Sentences to measure, in a random order. Raises `InputError` if there are none."""
     chosen = np.arange(tokens.n_sentences)
     if config.split == "validation":
         chosen = tokens.validation.nonzero().squeeze(1).numpy()

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -96,6 +97,15 @@ def format_of(path: Path) -> Format:
         case ".pt":
             return "openai"
     raise InputError(f"it ends in {path.suffix or 'nothing'}; an SAE's file ends in .safetensors, .pt or .npz")
+
+
+def fingerprint(sae: SAE) -> str:
+    """Identifies the weights of `sae`."""
+    found = hashlib.sha256()
+    for name, tensor in sae.named().items():
+        found.update(name.encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _local(source: str) -> Path:

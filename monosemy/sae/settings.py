@@ -20,7 +20,7 @@ from monosemy.runtime import InputError
 from monosemy.sae.autoencoder import SAEConfig
 
 RULE_LEARNING_RATE, RULE_LATENTS = 3e-3, 8192
-HIGHEST_LEARNING_RATE = 4e-3
+HIGHEST_LEARNING_RATE = 6e-3
 """The measured rule of `learning_rate`: the best rate at so many latents; docs/log.md has the runs."""
 
 DEAD_SHARE, DEAD_AT_MOST, DEAD_BATCHES = 0.02, 10_000_000, 10
@@ -93,7 +93,7 @@ class Optimizer:
     """AdamW, its schedule, and the loss that revives dead latents."""
 
     learning_rate: float | None = None
-    """Adam's step size at its height; not given: 3e-3 x sqrt(8192 / latents), at most 4e-3 (docs/log.md)."""
+    """Adam's step size at its height; not given: 3e-3 x sqrt(8192 / latents), at most 6e-3 (docs/log.md)."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How it falls at the end."""
     warmup: float = 0.05

@@ -115,7 +115,7 @@ def test_rules_of_rate_and_of_dead_latents(training_config: TrainConfig):
     assert many.peak_learning_rate == pytest.approx(
         options.replaced(training_config, n_latents=8192).peak_learning_rate / 2
     )
-    assert options.replaced(training_config, n_latents=100).peak_learning_rate == pytest.approx(4e-3)
+    assert options.replaced(training_config, n_latents=100).peak_learning_rate == pytest.approx(6e-3)
     assert options.replaced(training_config, learning_rate=0.5).peak_learning_rate == 0.5
     assert training_config.dead_after == 2000
     for train_tokens, rows in ((10_000, 2560), (200_000, 4000), (10**12, 10**7)):  # 10 batches, 2%, 10 million
@@ -225,7 +225,7 @@ def test_a_nan_loss_names_the_step_and_keeps_the_checkpoint(training_config: Tra
         return result._replace(loss=float("nan")) if arguments[6] == 9 else result
 
     monkeypatch.setattr(kernels, "train_step", broken)
-    message = r"sae: the loss became nan at step 9, after 2,048 rows: try a learning rate below 0.004; the last check"
+    message = r"sae: the loss became nan at step 9, after 2,048 rows: try a learning rate below 0.006; the last check"
     with pytest.raises(InputError, match=message):
         train.run(training_config)
     assert not training_config.out.exists()
