@@ -44,6 +44,8 @@ from monosemy.sae.texts import chat_messages, contexts
 
 METRICS = "metrics.json"
 BATCH_TOKENS = 1024
+LOGIT_ROWS = 128
+"""Predictions whose logits are held at once."""
 
 
 @dataclass(frozen=True)
@@ -316,19 +318,18 @@ class PatchedModel:
         predicts = torch.ones(len(rows), dtype=torch.bool)
         predicts[batch.lengths.cumsum(0) - 1] = False  # nothing follows the last token of a sentence
         targets = batch.ids[0, 1:][predicts[:-1]]
-        original = self._log_probabilities(before, wanted, batch, predicts)
-
-        def predictions(spared: Bool[Tensor, " row"]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            losses, divergences = {"original": _at(original, targets)}, {}
-            for name, replacement in replacements.items():
-                patched = torch.where(spared[:, None], wanted, replacement)
-                found = self._log_probabilities(before, patched, batch, predicts)
-                losses[name] = _at(found, targets)
-                divergences[name] = (original.exp() * (original - found)).sum(dim=1)
-            return losses, divergences
-
-        everywhere = predictions(torch.zeros_like(sink))
-        return rows, wanted, Runs(predicts, *everywhere, predictions(sink) if sink.any() else everywhere)
+        hidden = {"original": self._run_on(before, wanted, batch)[predicts]}
+        sparing = {"original": hidden["original"]}
+        for name, replacement in replacements.items():
+            hidden[name] = self._run_on(before, replacement, batch)[predicts]
+            spared = torch.where(sink[:, None], wanted, replacement)
+            sparing[name] = self._run_on(before, spared, batch)[predicts] if sink.any() else hidden[name]
+        everywhere = self._predictions(hidden, targets)
+        return (
+            rows,
+            wanted,
+            Runs(predicts, *everywhere, self._predictions(sparing, targets) if sink.any() else everywhere),
+        )
 
     @property
     def _first_layer(self) -> int:
@@ -342,20 +343,31 @@ class PatchedModel:
         self.model.run_layers(before, start=self._first_layer, end=last + 1, taps=taps, lengths=batch.lengths)
         return taps.values[self.site][0], taps.values[self.output_site][0]
 
-    def _log_probabilities(
-        self, before: Tensor, rows: Tensor, batch: PackedBatch, predicts: Tensor
-    ) -> Float[Tensor, "prediction vocabulary"]:
-        """Of every next token, with `rows` in place of those at the output site."""
+    def _run_on(self, before: Tensor, rows: Tensor, batch: PackedBatch) -> Float[Tensor, "token d_model"]:
+        """What leaves the last layer, with `rows` in place of those at the output site."""
         taps = Taps(edits={self.output_site: lambda *_: rows[None]})
-        hidden = self.model.run_layers(before, start=self._first_layer, taps=taps, lengths=batch.lengths)
-        return self.model.unembed(hidden[:, predicts])[0].log_softmax(dim=-1)
+        return self.model.run_layers(before, start=self._first_layer, taps=taps, lengths=batch.lengths)[0]
 
-
-def _at(
-    log_probabilities: Float[Tensor, "prediction vocabulary"], targets: Int[Tensor, " prediction"]
-) -> Float[Tensor, " prediction"]:
-    """Cross-entropies."""
-    return -log_probabilities.gather(1, targets[:, None])[:, 0]
+    def _predictions(
+        self, hidden: dict[str, Float[Tensor, "prediction d_model"]], targets: Int[Tensor, " prediction"]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Cross-entropies, and KL divergences from the original, for some predictions at a time: logits of a whole
+        vocabulary are large."""
+        losses, divergences = ({name: [] for name in hidden} for _ in range(2))
+        for start in range(0, len(targets), LOGIT_ROWS):
+            part, wanted = slice(start, start + LOGIT_ROWS), targets[start : start + LOGIT_ROWS, None]
+            probabilities = entropy = None
+            for name, of in hidden.items():
+                logits = self.model.unembed(of[None, part])[0]
+                normalizer = logits.logsumexp(dim=1)
+                losses[name].append(normalizer - logits.gather(1, wanted)[:, 0])
+                if probabilities is None:
+                    probabilities = (logits - normalizer[:, None]).exp_()
+                    entropy = normalizer - torch.linalg.vecdot(probabilities, logits)
+                cross_entropy = normalizer - torch.linalg.vecdot(probabilities, logits)
+                divergences[name].append(cross_entropy - entropy)
+        joined = [{name: torch.cat(of) for name, of in found.items()} for found in (losses, divergences)]
+        return joined[0], joined[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
