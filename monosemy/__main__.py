@@ -30,6 +30,9 @@ COMMANDS = {
     "train": Command("sae.train", "TrainConfig", "train_all", "activations -> sparse autoencoder, or a grid of them"),
     "evaluate": Command("sae.evaluate", "EvaluateConfig", "run_and_print", "FVU, L0, dead latents, loss recovered"),
     "compare": Command("sae.compare", "CompareConfig", "run_and_print", "several SAEs: sparsity against fidelity"),
+    "probe": Command(
+        "sae.probe", "ProbeConfig", "run_and_print", "a few latents tell classes of text apart, or do not"
+    ),
     "index": Command("latents.index", "IndexConfig", "run", "examples and statistics of every latent"),
     "explain": Command("explain.explainer", "ExplainConfig", "run", "a label for every latent"),
     "features": Command("latents.query", "FeaturesConfig", "run", "search and show latents"),
