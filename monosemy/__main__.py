@@ -39,6 +39,7 @@ COMMANDS = {
     "steer-sweep": Command("explain.dose", "DoseConfig", "run_and_print", "strength of steering -> effect and fluency"),
     "generate": Command("app.terminal", "GenerateConfig", "run", "steered completion or chat, in the terminal"),
     "convert": Command("sae.convert", "ConvertConfig", "run", "SAEs of other libraries, in and out"),
+    "push": Command("sae.publish", "PushConfig", "run", "publish an SAE on the Hugging Face Hub, with a card"),
     "verify": Command("verify", "VerifyConfig", "run", "check every byte of an artifact"),
 }
 

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from monosemy.runtime import InputError
 
+MODEL_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""`org/name`."""
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?(?::(?P<file>.+\.gguf))?")
 TEXT_FILES = ["config.json", "generation_config.json", "special_tokens_map.json", "tokenizer*", "chat_template*"]
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
@@ -40,7 +42,7 @@ def fetch(name: str, weights: bool = True) -> Path:
         wanted = TEXT_FILES + WEIGHT_FILES * weights
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_WANTED))
     except Exception as error:  # network errors of three libraries, without a common base
-        _explain(name, repository, error)
+        explain(name, repository, error)
 
 
 def fetch_files(name: str, repository: str, revision: str | None, patterns: list[str], what: str) -> Path:
@@ -54,10 +56,10 @@ def fetch_files(name: str, repository: str, revision: str | None, patterns: list
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network errors of three libraries, without a common base
-        _explain(name, repository, error, what)
+        explain(name, repository, error, what)
 
 
-def _explain(name: str, repository: str, error: Exception, what: str = "model") -> NoReturn:
+def explain(name: str, repository: str, error: Exception, what: str = "model") -> NoReturn:
     """Raise the `InputError` that says what to do about `error`."""
     from huggingface_hub import errors
 

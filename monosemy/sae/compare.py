@@ -11,6 +11,7 @@ On disk: `compare.json` and `pareto.png`.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +25,10 @@ from monosemy.runtime import DtypeName, InputError, require
 from monosemy.sae.autoencoder import SAE
 from monosemy.sae.evaluate import EvaluateConfig, check_fits, choose_sentences, measure
 from monosemy.sae.foreign import fingerprint, load_sae
-from monosemy.sae.metrics import Interval
+from monosemy.sae.metrics import Interval, with_nan, without_nan
 
 RESULT, PLOT = "compare.json", "pareto.png"
+UNKNOWN: Interval = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,16 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class Point:
-    """One SAE, measured without sinks; intervals are of 95%, None where the text is a single document."""
+    """One SAE, measured without sinks; intervals are of 95%, NaN where the text is a single document."""
 
     name: str
     n_latents: int
     activation: str
     l0: float
     fvu: float
-    fvu_interval: Interval | None
+    fvu_interval: Interval
     loss_recovered: float
-    loss_recovered_interval: Interval | None
+    loss_recovered_interval: Interval
     delta_loss: float
     dead: float
 
@@ -100,7 +102,7 @@ def run(config: CompareConfig) -> Manifest:
         if draft.complete:
             return read_manifest(config.out, "compare")
         points = compare(saes, model, tokens, config)
-        write_text(draft.file(RESULT), to_json(points))
+        write_text(draft.file(RESULT), to_json(without_nan(points)))
         draw(points, draft.file(PLOT))
         return draft.commit({"saes": len(points)})
 
@@ -116,8 +118,8 @@ def compare(saes: dict[str, SAE], model: LanguageModel, tokens: TokenFile, confi
         points.append(
             Point(
                 name=name, n_latents=sae.config.n_latents, activation=sae.config.activation, l0=of.l0, fvu=of.fvu,
-                fvu_interval=of.intervals.get("fvu"), loss_recovered=losses.loss_recovered,
-                loss_recovered_interval=losses.intervals.get("loss_recovered"), delta_loss=losses.delta_loss,
+                fvu_interval=of.intervals.get("fvu", UNKNOWN), loss_recovered=losses.loss_recovered,
+                loss_recovered_interval=losses.intervals.get("loss_recovered", UNKNOWN), delta_loss=losses.delta_loss,
                 dead=of.dead,
             )
         )  # fmt: skip
@@ -173,10 +175,12 @@ def draw(points: list[Point], path: Path) -> None:
             colour = COLOURS[number % len(COLOURS)]
             of = ((left, point.fvu, point.fvu_interval), (right, point.loss_recovered, point.loss_recovered_interval))
             for axes, value, bounds in of:
-                below, above = (0.0, 0.0) if bounds is None else (value - bounds[0], bounds[1] - value)
+                below, above = (
+                    0.0 if math.isnan(of) else max(of, 0.0) for of in (value - bounds[0], bounds[1] - value)
+                )
                 label = f"{point.name}: {point.n_latents:,} latents, {point.activation}, {point.dead:.1%} dead"
                 axes.errorbar(
-                    point.l0, value, yerr=[[max(below, 0)], [max(above, 0)]], fmt="os^Dv<"[number // 6 % 6],
+                    point.l0, value, yerr=[[below], [above]], fmt="os^Dv<"[number // 6 % 6],
                     color=colour, markersize=6, capsize=3, elinewidth=1, label=label if axes is left else None,
                 )  # fmt: skip
         best = front(points)
@@ -198,10 +202,7 @@ def load_comparison(path: Path) -> list[Point]:
     """The points in the artifact folder `path`."""
     read_manifest(path, "compare")
     content = json.loads((path / RESULT).read_text(encoding="utf-8"))
-    for point in content:
-        for name in ("fvu_interval", "loss_recovered_interval"):
-            point[name] = None if point[name] is None else tuple(point[name])
-    return [Point(**point) for point in content]
+    return [Point(**point) for point in with_nan(content)]
 
 
 def run_and_print(config: CompareConfig) -> None:

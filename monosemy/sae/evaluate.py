@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ from monosemy.sae.metrics import (
     PositionSums,
     Reconstruction,
     ReconstructionSums,
+    with_nan,
+    without_nan,
 )
 from monosemy.sae.texts import chat_messages, contexts
 
@@ -123,32 +125,22 @@ def run(config: EvaluateConfig) -> Manifest:
         if draft.complete:
             return read_manifest(config.out, "metrics")
         metrics = evaluate(sae, model, tokens, config)
-        write_text(draft.path / METRICS, to_json(metrics))
+        write_text(draft.path / METRICS, to_json(without_nan(metrics)))
         return draft.commit({"tokens": metrics.with_sinks.rows})
 
 
 def load_metrics(path: Path) -> Metrics:
     """The metrics in the artifact folder `path`."""
     read_manifest(path, "metrics")
-    content = json.loads((path / METRICS).read_text(encoding="utf-8"))
+    content = with_nan(json.loads((path / METRICS).read_text(encoding="utf-8")))
     return Metrics(
-        without_sinks=_typed(Reconstruction, content["without_sinks"]),
-        with_sinks=_typed(Reconstruction, content["with_sinks"]),
-        behaviour_without_sinks=_typed(Behaviour, content["behaviour_without_sinks"]),
-        behaviour_with_sinks=_typed(Behaviour, content["behaviour_with_sinks"]),
+        without_sinks=Reconstruction(**content["without_sinks"]),
+        with_sinks=Reconstruction(**content["with_sinks"]),
+        behaviour_without_sinks=Behaviour(**content["behaviour_without_sinks"]),
+        behaviour_with_sinks=Behaviour(**content["behaviour_with_sinks"]),
         by_position=[PositionFigures(*figures) for figures in content["by_position"]],
-        beyond=[
-            Beyond(name, _typed(Reconstruction, found), _typed(Behaviour, losses))
-            for name, found, losses in content["beyond"]
-        ],
+        beyond=[Beyond(name, Reconstruction(**found), Behaviour(**of)) for name, found, of in content["beyond"]],
     )
-
-
-def _typed(kind: type, content: dict[str, Any]) -> Any:
-    """The dataclass `kind` with tuples where JSON has lists."""
-    intervals = {name: tuple(bounds) for name, bounds in content["intervals"].items()}
-    lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-    return kind(**content | lists | {"intervals": intervals})
 
 
 def check_fits(sae: SAE, model: LanguageModel) -> None:

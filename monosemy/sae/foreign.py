@@ -50,6 +50,8 @@ FILES = {
 
 CONFIGS = ("cfg.json", "config.json", "sae.json", "activation_scaler.json")
 WEIGHTS = ("checkpoints/final.safetensors",)
+OURS = ("history.jsonl", "activity.parquet")
+"""What else the manifest of an SAE names."""
 
 
 def load_sae(source: str | Path, site: str | None = None, model: str | None = None) -> SAE:
@@ -116,7 +118,7 @@ def _local(source: str) -> Path:
     if match is None or source.startswith((".", "/", "~")):
         raise InputError(f"there is no {source}: give a folder, a file, or a Hub id such as org/name:folder")
     repository, revision, place = match["repository"], match["revision"], match["place"]
-    wanted = [*FILES, *CONFIGS, *WEIGHTS]
+    wanted = [*FILES, *CONFIGS, *WEIGHTS, *OURS]
     if place is not None:  # what is there, and what the folders above say about it
         place = Path(place.strip("/"))
         above = [str(folder / name) for folder in place.parents for name in (*CONFIGS, "hyperparams.json")]

@@ -11,9 +11,10 @@ docs/metrics.md has every formula.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -100,6 +101,26 @@ class PositionFigures(NamedTuple):
     """About the mean of these rows."""
     cosine: float
     l0: float
+
+
+def without_nan(value: Any) -> Any:
+    """`value`, of dataclasses, dictionaries and sequences, for JSON: a figure that does not exist (0 / 0) is null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return without_nan(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {name: without_nan(of) for name, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def with_nan(value: Any) -> Any:
+    """What `without_nan` was given, but for dataclasses; sequences become tuples."""
+    if isinstance(value, dict):
+        return {name: with_nan(of) for name, of in value.items()}
+    if isinstance(value, list):
+        return tuple(map(with_nan, value))
+    return math.nan if value is None else value
 
 
 def loss_recovered(original: float, reconstructed: float, ablated: float) -> float:
