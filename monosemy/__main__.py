@@ -33,6 +33,9 @@ COMMANDS = {
     "probe": Command(
         "sae.probe", "ProbeConfig", "run_and_print", "a few latents tell classes of text apart, or do not"
     ),
+    "geometry": Command(
+        "sae.geometry", "GeometryConfig", "run_and_print", "near duplicates, agreement of SAEs, splitting"
+    ),
     "index": Command("latents.index", "IndexConfig", "run", "examples and statistics of every latent"),
     "explain": Command("explain.explainer", "ExplainConfig", "run", "a label for every latent"),
     "features": Command("latents.query", "FeaturesConfig", "run", "search and show latents"),

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow
-from pyarrow import parquet
+from jaxtyping import Bool
+from pyarrow import compute, parquet
 from torch import Tensor
 
 from monosemy.artifact import write_table
@@ -79,3 +80,10 @@ def read_intervals(sae: Path, dead_after_tokens: int) -> list[Interval]:
         found.append(Interval(seen, int(dead.sum()), int(revived.sum()), int(dense.sum())))
         were_dead, before = dead, seen
     return found
+
+
+def dead_latents(sae: Path, dead_after_tokens: int) -> Bool[np.ndarray, " latent"]:
+    """Which latents of the SAE artifact in folder `sae` were dead when its training ended."""
+    table = parquet.read_table(sae / TABLE, columns=["interval", "tokens", "last_fired"])
+    last = table.filter(compute.equal(table["interval"], compute.max(table["interval"])))  # pyright: ignore
+    return last["tokens"].to_numpy() - last["last_fired"].to_numpy() > dead_after_tokens
